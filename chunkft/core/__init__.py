@@ -1,0 +1,1 @@
+"""The chunk engine: torch and the standard library only, any nn.Module."""

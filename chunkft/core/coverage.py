@@ -1,0 +1,68 @@
+"""Did every trainable element get the optimizer steps it was due?
+
+"Updated" means: took part in a step of its visit with a gradient, zeros included. A parameter that
+the forward pass does not use has no gradient; it is listed, never hidden.
+"""
+
+from dataclasses import dataclass
+
+from chunkft.core.partition import Partition, Slice
+from chunkft.core.schedule import Schedule
+from chunkft.errors import CoverageError
+
+
+@dataclass
+class Record:
+    """What a slice went through."""
+
+    steps: int = 0
+    """Optimizer steps while it was active."""
+    updates: int = 0
+    """Those with a gradient."""
+    last: int = -1
+    """Index of the last step with a gradient."""
+
+
+Book = dict[Slice, Record]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a run has trained so far."""
+
+    steps: int
+    cycles: int
+    waiting: int
+    """Elements whose chunk has not been active yet."""
+    without_gradient: tuple[str, ...]
+    """Parameters that were active but got no gradient: the forward pass does not use them."""
+    updates: dict[Slice, int]
+    """Optimizer steps with a gradient, per slice."""
+
+
+def audit(partition: Partition, schedule: Schedule, steps: int, book: Book) -> Audit:
+    """Check the book against what the schedule owed.
+
+    Raises:
+        CoverageError: a chunk that was active was not stepped, or got no gradient at all.
+    """
+    cycle = schedule.start + schedule.chunks * schedule.interval
+    for k in sorted({schedule.chunk(s) for s in range(schedule.start, min(steps, cycle))}):
+        records = [book[piece] for piece in partition[k]]
+        names = sorted({piece.name for piece in partition[k]})
+        if not all(record.steps for record in records):
+            raise CoverageError(f"a slice of chunk {k} ({names[0]}, ...) was due but not stepped")
+        if not any(record.updates for record in records):
+            raise CoverageError(
+                f"chunk {k} ({', '.join(names[:3])}, ...) was active but got no gradient: the "
+                f"forward pass does not use it; freeze it before building the optimizer"
+            )
+    unused = {piece.name for piece, record in book.items() if record.steps and not record.updates}
+    used = {piece.name for piece, record in book.items() if record.updates}
+    return Audit(
+        steps,
+        schedule.cycle(steps),
+        sum(partition.elements(piece) for piece, record in book.items() if not record.steps),
+        tuple(sorted(unused - used)),
+        {piece: record.updates for piece, record in book.items()},
+    )

@@ -1,0 +1,486 @@
+"""ChunkedOptimizer: any torch optimizer, driven on one chunk of the model at a time.
+
+    t -> chunk k(t) -> backward fills its leaves -> clip -> the rule on the leaves -> the next chunk
+
+The rule (`optimizer_class`) is used unmodified. It sees the leaves, or the fp32 masters of 16-bit
+ones, as its parameters; at a switch its state moves to the store and the next chunk's comes back.
+Every slice keeps its own state and so its own step count c_k (ChunkFT, arXiv 2605.21177).
+
+Device bytes: weights + (gradient + master + state) of one chunk, N/K elements.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import sqrt
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from chunkft.core import coverage, precision, resume
+from chunkft.core import groups as groups_
+from chunkft.core.partition import Partition, Slice, cut
+from chunkft.core.partition import Tensor as Shape
+from chunkft.core.schedule import Schedule
+from chunkft.core.store import Store
+from chunkft.core.working_set import Leaf, WorkingSet, refuse_parallel
+from chunkft.errors import (
+    InputError,
+    NonFiniteGradientError,
+    UnsupportedError,
+)
+
+MOMENTS = ("persist", "reset", "decay")
+
+
+class ChunkedOptimizer(torch.optim.Optimizer):
+    """Train all parameters of `model`, one chunk at a time, with any torch optimizer class.
+
+    Args:
+        model: any nn.Module. What has requires_grad=True now is trained.
+        optimizer_class: torch.optim.AdamW, SGD, bitsandbytes' AdamW8bit, ...
+        groups: torch-style dicts of parameters with their own settings; None is one group.
+        chunks: K. Working bytes go with 1/K.
+        interval: T, optimizer steps of a visit.
+        layout: "stream" (contiguous bytes) or "spread" (a share of rows of every tensor).
+        order: "cyclic", "shuffled" (anew each cycle) or "reversed".
+        moments: "persist" keeps the rule's state between visits, "reset" starts it anew, "decay"
+            scales the first moment by beta1 to the power of the steps gone by.
+        store: where resting state lives: "host" (pinned beside a CUDA model), "device", a
+            directory, or a `Store`.
+        master: "auto" or "fp32" keep an exact fp32 master of 16-bit weights, "none" rounds
+            after every step. The rule always computes in fp32.
+        max_grad_norm: clip the active chunk to max_grad_norm * sqrt(its elements / all elements),
+            so that the setting means the same at every K. None does not clip.
+        seed: of the shuffled order.
+        **optimizer_kwargs: of `optimizer_class`, such as lr.
+
+    Raises:
+        InputError: a setting out of its range, a parameter in no group or in two.
+        UnsupportedError: the model is wrapped for data parallelism.
+    """
+
+    # GradScaler hands found_inf and grad_scale to step() instead of skipping it
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer_class: type[torch.optim.Optimizer],
+        *,
+        groups: Sequence[dict[str, Any]] | None = None,
+        chunks: int,
+        interval: int = 20,
+        layout: str = "stream",
+        order: str = "cyclic",
+        moments: str = "persist",
+        store: str | Path | Store = "host",
+        master: str = "auto",
+        max_grad_norm: float | None = None,
+        seed: int = 0,
+        **optimizer_kwargs: Any,
+    ):
+        refuse_parallel(model)
+        for name, value, known in (
+            ("moments", moments, MOMENTS),
+            ("master", master, precision.MASTERS),
+        ):
+            if value not in known:
+                raise InputError(f"{name}={value!r} is not one of {', '.join(known)}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise InputError(f"max_grad_norm={max_grad_norm} must be above 0; None does not clip")
+        if issubclass(optimizer_class, torch.optim.LBFGS):
+            raise InputError("LBFGS needs the gradient of every parameter at once: no chunks")
+        self._working_set = WorkingSet(model)
+        self._weights = self._working_set.parameters
+        costs = [
+            Shape(name, tuple(p.shape), p.numel() * groups_.cost(p.dtype))
+            for name, p in self._weights.items()
+        ]
+        self.partition: Partition = cut(costs, chunks, layout)
+        self.layout = layout
+        self.schedule = Schedule(chunks, interval, order, seed)
+        self.store = store if isinstance(store, Store) else Store(store)
+        self.moments, self.master, self.max_grad_norm = moments, master, max_grad_norm
+        self._steps = 0
+        self._active: int | None = None
+        self._masters: dict[Slice, Tensor] = {}
+        self._versions: dict[str, int] = {}  # of the weights after our own last write
+        self._book = {piece: coverage.Record() for chunk in self.partition for piece in chunk}
+        self._warned: set[str] = set()
+        self._norm: Tensor | None = None
+        self._groups, settings = groups_.assign(self._weights, groups)
+
+        self._working_set.attach(self.partition[self.schedule.chunk(0)])
+        self._inner = optimizer_class(
+            [{**s, "params": leaves} for s, leaves in zip(settings, self._by_group(), strict=True)],
+            **optimizer_kwargs,
+        )
+        if moments == "decay":
+            resume.first_moment_rate(self._inner.defaults)
+        super().__init__(
+            [dict(group) for group in self._inner.param_groups], dict(self._inner.defaults)
+        )
+        self._active = self.schedule.chunk(0)
+        self._place()
+
+    # -- what users read ------------------------------------------------------------------------
+
+    @property
+    def active(self) -> int:
+        """Index in `.partition` of the chunk that the next backward trains."""
+        return self.schedule.chunk(self._steps)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken."""
+        return self._steps
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Norm of the last step's gradient before clipping; None before the first step."""
+        return None if self._norm is None else float(self._norm)
+
+    def audit(self) -> coverage.Audit:
+        """Check that every element got the steps it was due.
+
+        Raises:
+            CoverageError: a chunk whose visit is over was not stepped, or got no gradient at all.
+        """
+        return coverage.audit(self.partition, self.schedule, self._steps, self._book)
+
+    # -- a step ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update the active chunk, advance the schedule, attach the next chunk.
+
+        Consumes and frees the gradients: Trainer calls `model.zero_grad()` only.
+
+        Raises:
+            NonFiniteGradientError: before anything is written.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.train()
+        self._working_set.collect()
+        scale, overflow = self._from_scaler()
+        if overflow:
+            self._working_set.drop_gradients()
+            return loss
+        self._working_set.check_lost()
+        stepped = self._load_gradients(scale)
+        parameters = [self._parameter(leaf) for leaf in stepped]
+        self._clip(parameters)
+        for inner, outer in zip(self._inner.param_groups, self.param_groups, strict=True):
+            groups_.copy_settings(outer, inner)
+        self._inner.step()
+        for leaf, parameter in zip(stepped, parameters, strict=True):
+            if parameter is not leaf.tensor:
+                leaf.tensor.copy_(parameter)
+                parameter.grad = None
+        self._note_versions()
+        self._working_set.drop_gradients()
+        for piece in self._working_set.leaves:
+            self._book[piece].steps += 1
+        for leaf in stepped:
+            self._book[leaf.piece].updates += 1
+            self._book[leaf.piece].last = self._steps
+        self._advance()
+        return loss
+
+    def train(self) -> None:
+        """Make ready for a forward pass; Trainer and accelerate call it before each.
+
+        Follows `model.to(...)`, and undoes what keeps backward from stopping early.
+
+        Raises:
+            ReplacedParameterError: the model's parameters are not those it had.
+            UnsupportedError: after `detach()`, or with several processes.
+        """
+        if self._active is None:
+            raise UnsupportedError("the optimizer is detached; build a new one to go on training")
+        refuse_parallel(self._working_set.model)
+        for leaf in self._working_set.refresh():
+            self._follow(leaf)
+        self._working_set.keep_truncation()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients collected so far; after `step()` there are none."""
+        self._working_set.drop_gradients()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only the constructor may: the chunks are cut once."""
+        if getattr(self, "_active", None) is not None:
+            raise InputError("chunks are cut once: pass groups= when building ChunkedOptimizer")
+        super().add_param_group(param_group)
+
+    def _from_scaler(self) -> tuple[Tensor | None, bool]:
+        found = cast("Tensor | None", getattr(self, "found_inf", None))
+        return getattr(self, "grad_scale", None), found is not None and bool(found.item())
+
+    def _load_gradients(self, scale: Tensor | None) -> list[Leaf]:
+        """Hand each leaf's gradient to the rule's parameter, in fp32 where the leaf is 16-bit."""
+        stepped = [leaf for leaf, _ in self._working_set.gradients()]
+        created = False
+        for leaf in stepped:
+            if precision.is_16bit(leaf.tensor.dtype):
+                created |= self._ready_master(leaf)
+                gradient, leaf.tensor.grad = leaf.tensor.grad, None
+                assert gradient is not None
+                self._masters[leaf.piece].grad = gradient.float()
+            if scale is not None:
+                gradient = self._parameter(leaf).grad
+                assert gradient is not None
+                gradient.mul_(scale.double().reciprocal().to(gradient))
+        if created:
+            self._place()
+        return stepped
+
+    def _ready_master(self, leaf: Leaf) -> bool:
+        """Make the leaf's master hold its value in fp32; True if it is new."""
+        master = self._masters.get(leaf.piece)
+        if master is None:
+            master = self._masters[leaf.piece] = leaf.tensor.detach().float()
+            if leaf.tensor in self._inner.state:  # its dtype was changed on the way
+                self._inner.state[master] = self._inner.state.pop(leaf.tensor)
+            return True
+        if self.master == "none" or self._foreign_write(leaf, master):
+            master.copy_(leaf.tensor)  # weights were loaded in place: they are the master now
+        return False
+
+    def _foreign_write(self, leaf: Leaf, master: Tensor) -> bool:
+        """Whether someone wrote to the weight since the master was rounded to it.
+
+        In-place writes show in the version counter, and all elements are compared then; writes
+        through `.data` do not, so a sample of one element in 61 is compared always.
+        """
+        known = self._versions.get(leaf.piece.name) == leaf.tensor._version
+        sample = slice(None, None, 61 if known else 1)
+        mine, theirs = master.reshape(-1)[sample], leaf.tensor.detach().reshape(-1)[sample]
+        return not torch.equal(mine.to(theirs.dtype), theirs)
+
+    def _clip(self, parameters: list[Tensor]) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        self._norm = norm = get_total_norm(gradients)
+        if not bool(torch.isfinite(norm)):
+            for parameter in parameters:
+                parameter.grad = None
+            self._working_set.drop_gradients()
+            raise NonFiniteGradientError(
+                f"gradient norm {float(norm)} at step {self._steps}, chunk {self.active}: nothing "
+                f"was written; lower the learning rate, clip, or look at this batch"
+            )
+        if self.max_grad_norm is not None:
+            sizes = self.partition.sizes()
+            share = sqrt(sizes[self.active] / sum(sizes))
+            clip_grads_with_norm_(parameters, self.max_grad_norm * share, norm)
+
+    def _advance(self) -> None:
+        self._steps += 1
+        following = self.active
+        if following != self._active:
+            self._warn_unused()
+            self._retire()
+            self._attach(following, new_visit=True)
+        if self.schedule.last_step_of_visit(self._steps):
+            coming = self.schedule.chunk(self._steps + 1)
+            if coming != self._active:
+                self.store.prefetch(str(coming), self._device())
+
+    # -- switching ------------------------------------------------------------------------------
+
+    def _attach(self, k: int, new_visit: bool) -> None:
+        self._working_set.attach(self.partition[k])
+        self._active = k
+        state = self.store.pop(str(k), self._device()) or {}
+        kept: dict[Slice, dict[str, Any]] = {}
+        for (piece, key), value in state.items():
+            kept.setdefault(piece, {})[key] = value
+        for piece, values in kept.items():
+            leaf = self._working_set.leaves[piece]
+            halves = {key: values.pop(key) for key in precision.KEYS if key in values}
+            if halves and precision.is_16bit(leaf.tensor.dtype):
+                self._masters[piece] = precision.wake(halves, leaf.tensor)
+            if new_visit and self.moments == "reset":
+                continue
+            if new_visit and self.moments == "decay":
+                gap = self._steps - 1 - self._book[piece].last
+                settings = self.param_groups[self._groups[piece.name]]
+                resume.decay_first_moment(values, settings, gap)
+            if values:
+                self._inner.state[self._parameter(leaf)] = values
+        self._note_versions()
+        self._place()
+
+    def _retire(self) -> None:
+        """Move the active chunk's state to the store."""
+        state = {
+            (piece, key): value
+            for piece, leaf in self._working_set.leaves.items()
+            for key, value in self._kept_of(leaf).items()
+        }
+        assert self._active is not None
+        self._inner.state.clear()
+        self._masters.clear()
+        if state:
+            self.store.put(str(self._active), state)
+
+    def _kept_of(self, leaf: Leaf) -> dict[str, Any]:
+        values = dict(self._inner.state.get(self._parameter(leaf), {}))
+        master = self._masters.get(leaf.piece)
+        if master is not None and self.master != "none":
+            if self._foreign_write(leaf, master):
+                master.copy_(leaf.tensor)
+            values |= precision.rest(master, leaf.tensor)
+        return values
+
+    def _note_versions(self) -> None:
+        for piece, leaf in self._working_set.leaves.items():
+            self._versions[piece.name] = leaf.tensor._version
+
+    def _place(self) -> None:
+        """Fill the group dicts, which stay the same objects, with the active parameters."""
+        for inner, outer, leaves in zip(
+            self._inner.param_groups, self.param_groups, self._by_group(), strict=True
+        ):
+            outer["params"] = leaves
+            by_id = {id(leaf.tensor): leaf for leaf in self._working_set.leaves.values()}
+            inner["params"] = [self._parameter(by_id[id(tensor)]) for tensor in leaves]
+
+    def _by_group(self) -> list[list[Tensor]]:
+        count = max(self._groups.values()) + 1
+        members: list[list[Tensor]] = [[] for _ in range(count)]
+        for piece, leaf in self._working_set.leaves.items():
+            members[self._groups[piece.name]].append(leaf.tensor)
+        return members
+
+    def _parameter(self, leaf: Leaf) -> Tensor:
+        return self._masters.get(leaf.piece, leaf.tensor)
+
+    def _device(self) -> torch.device:
+        return next(iter(self._working_set.leaves.values())).tensor.device
+
+    def _follow(self, leaf: Leaf) -> None:
+        """Bring the master and the rule's state to where the leaf has moved."""
+        device = leaf.tensor.device
+        old = self._parameter(leaf)
+        state = self._inner.state.get(old)
+        if not precision.is_16bit(leaf.tensor.dtype) and leaf.piece in self._masters:
+            del self._masters[leaf.piece]  # the weight is its own master now
+            if state is not None:
+                self._inner.state[leaf.tensor] = self._inner.state.pop(old)
+            self._place()
+        if leaf.piece in self._masters:
+            master = self._masters[leaf.piece]
+            master.data = master.data.to(device)
+        for key, value in (state or {}).items():
+            if isinstance(value, Tensor) and value.dim() > 0:
+                cast("dict[str, Any]", state)[key] = value.to(device)
+
+    def _warn_unused(self) -> None:
+        unused = {p.name for p in self._working_set.leaves if not self._book[p].updates}
+        if fresh := sorted(unused - self._warned):
+            self._warned |= unused
+            warnings.warn(
+                f"no gradient in a whole visit, so not trained: {', '.join(fresh)}", stacklevel=4
+            )
+
+    # -- leaving the model, and coming back -----------------------------------------------------
+
+    def detach(self) -> None:
+        """Take everything off the model, for good: it is stock again, trained weights in place."""
+        if self._active is not None:
+            self.train()
+            self._retire()
+            self._working_set.detach()
+            self._active = None
+
+    @contextmanager
+    def detached(self) -> Iterator[nn.Module]:
+        """The stock model, for a while; gradients collected so far are kept."""
+        active, gradients = self._active, dict[Slice, Tensor]()
+        for leaf, gradient in self._working_set.gradients():
+            gradients[leaf.piece] = gradient
+        self.detach()
+        try:
+            yield self._working_set.model
+        finally:
+            if active is not None:
+                self._attach(active, new_visit=False)
+                for piece, gradient in gradients.items():
+                    self._working_set.leaves[piece].tensor.grad = gradient
+
+    def state_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """State by parameter name and rows, in plain containers; tensors are not copied.
+
+        Before the first step it holds no tensor.
+        """
+        state: resume.SavedState = {}
+        for k, chunk in enumerate(self.partition):
+            if k == self._active:
+                kept = {
+                    (piece, key): value
+                    for piece, leaf in self._working_set.leaves.items()
+                    for key, value in self._kept_of(leaf).items()
+                }
+            else:
+                kept = self.store.get(str(k), torch.device("cpu")) or {}
+            resume.gather(state, chunk, self._book, kept)
+        return {
+            "format": resume.FORMAT,
+            "steps": self._steps,
+            "schedule": dict(self.schedule.__dict__),
+            "layout": self.layout,
+            "shapes": {name: list(shape) for name, shape in self.partition.shapes.items()},
+            "partition": [[list(piece) for piece in chunk] for chunk in self.partition],
+            "state": state,
+            "param_groups": [
+                {**{k: v for k, v in group.items() if k != "params"}, "params": names}
+                for group, names in zip(self.param_groups, self._names_by_group(), strict=True)
+            ],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken: to the bit with the same chunks and schedule.
+
+        With another K or layout the state is cut anew and a new cycle begins; load the model's
+        weights first then. With another interval, order or seed a new cycle begins.
+
+        Raises:
+            StateError: it belongs to another model, or a value cannot be cut (named).
+        """
+        saved = resume.check(state_dict, self.partition.shapes, self._names_by_group())
+        same_cut = (saved.schedule.chunks, saved.layout) == (self.schedule.chunks, self.layout)
+        self.train()
+        self._working_set.drop_gradients()
+        self.store.clear()
+        self._inner.state.clear()
+        self._masters.clear()
+        if same_cut:
+            self.partition = saved.partition
+            self._book, states = resume.restore(saved)
+        else:
+            self.partition, self._book, states = resume.recut(saved, self.partition, self._weights)
+        now = self.schedule.__dict__ | {"start": saved.schedule.start}
+        start = saved.schedule.start if same_cut and saved.schedule.__dict__ == now else saved.steps
+        self._steps = saved.steps
+        self.schedule = Schedule(**(self.schedule.__dict__ | {"start": start}))
+        for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            groups_.copy_settings(loaded, group)
+        for k, state in states.items():
+            self.store.put(str(k), resume.to_device(state, self._weights))
+        # a visit begins here unless the saved run was in the middle of one
+        visit_begins = (self._steps - start) % self.schedule.interval == 0
+        self._attach(self.active, new_visit=visit_begins and start != saved.schedule.start)
+
+    def _names_by_group(self) -> list[list[str]]:
+        names: list[list[str]] = [[] for _ in range(max(self._groups.values()) + 1)]
+        for name, group in self._groups.items():
+            names[group].append(name)
+        return names

@@ -1,0 +1,244 @@
+"""Training state by parameter name and rows: save it, load it, cut it anew for another K.
+
+A saved state is plain containers and tensors, so `torch.load(weights_only=True)` takes it:
+
+    state[name] = [{start, stop, steps, updates, last, values: {key: tensor | number}}, ...]
+
+With another K the pieces are cut and joined along axis 0. That is exact for elementwise rules only,
+whose tensors have the slice's shape; anything else raises, naming the key. Rows that come together
+with different step counts stay several slices of one chunk, each with a count of its own.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from chunkft.core import precision
+from chunkft.core.coverage import Book, Record
+from chunkft.core.partition import Chunk, Partition, Slice
+from chunkft.core.schedule import Schedule
+from chunkft.core.store import State
+from chunkft.errors import ChunkFTError, InputError, StateError
+
+FORMAT = 1
+SavedState = dict[str, list[dict[str, Any]]]
+
+
+States = dict[int, State]
+
+
+class Saved(NamedTuple):
+    """A checked state_dict."""
+
+    steps: int
+    schedule: Schedule
+    layout: str
+    partition: Partition
+    records: Book
+    values: dict[Slice, dict[str, Any]]
+
+
+def gather(state: SavedState, chunk: Chunk, book: Book, kept: State) -> None:
+    """Add the slices of `chunk` with their values to `state`."""
+    values: dict[Slice, dict[str, Any]] = {}
+    for (piece, key), value in kept.items():
+        values.setdefault(piece, {})[key] = value
+    for piece in chunk:
+        if book[piece].steps:
+            entry = {"start": piece.start, "stop": piece.stop, **book[piece].__dict__}
+            entry["values"] = values.get(piece, {})
+            state.setdefault(piece.name, []).append(entry)
+
+
+def check(
+    state_dict: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    groups: Sequence[Sequence[str]],
+) -> Saved:
+    """Read a state_dict of this model.
+
+    Raises:
+        StateError: it is none of ours, or of another model.
+    """
+    if state_dict.get("format") != FORMAT:
+        raise StateError(
+            f"state format {state_dict.get('format')!r} is not {FORMAT}: this is not a state of "
+            f"ChunkedOptimizer"
+        )
+    theirs = {name: tuple(shape) for name, shape in state_dict["shapes"].items()}
+    for name in [*shapes, *theirs]:
+        if shapes.get(name) != theirs.get(name):
+            raise StateError(
+                f"{name} has shape {theirs.get(name)} in the state and {shapes.get(name)} in the "
+                f"model; load it into the model it was saved from"
+            )
+    if [list(g["params"]) for g in state_dict["param_groups"]] != [list(g) for g in groups]:
+        raise StateError("the parameter groups differ from the saved ones; pass the same groups")
+    records: Book = {}
+    values: dict[Slice, dict[str, Any]] = {}
+    for name, entries in state_dict["state"].items():
+        for entry in entries:
+            piece = Slice(name, entry["start"], entry["stop"])
+            records[piece] = Record(entry["steps"], entry["updates"], entry["last"])
+            values[piece] = entry["values"]
+    try:
+        partition = Partition(
+            shapes, [[Slice(*piece) for piece in chunk] for chunk in state_dict["partition"]]
+        )
+        schedule = Schedule(**state_dict["schedule"])
+    except (ChunkFTError, KeyError) as e:
+        raise StateError(f"the saved partition does not fit this model: {e}") from e
+    return Saved(state_dict["steps"], schedule, state_dict["layout"], partition, records, values)
+
+
+def restore(saved: Saved) -> tuple[Book, States]:
+    """Records and values for the saved partition itself."""
+    book = {p: saved.records.get(p, Record()) for chunk in saved.partition for p in chunk}
+    states = {
+        k: {(piece, key): v for piece in chunk for key, v in saved.values.get(piece, {}).items()}
+        for k, chunk in enumerate(saved.partition)
+    }
+    return book, {k: state for k, state in states.items() if state}
+
+
+def recut(
+    saved: Saved, partition: Partition, weights: Mapping[str, Tensor]
+) -> tuple[Partition, Book, States]:
+    """The saved values cut for `partition`, which comes back with slices split where counts differ.
+
+    Raises:
+        StateError: a value is not elementwise.
+    """
+    old = {name: list[_Part]() for name in partition.shapes}
+    for piece in sorted(p for chunk in saved.partition for p in chunk):
+        record = saved.records.get(piece, Record())
+        values = dict(saved.values.get(piece, {}))
+        halves = {key: values.pop(key) for key in precision.KEYS if key in values}
+        if halves:
+            rows = weights[piece.name].detach()[piece.start : piece.stop]
+            values[precision.WHOLE] = precision.wake(halves, rows)
+        old[piece.name].append(_Part(piece, record, values))
+
+    chunks: list[list[Slice]] = []
+    book: Book = {}
+    states: States = {}
+    for k, chunk in enumerate(partition):
+        parts = [p for piece in chunk for p in _join(_cut(old[piece.name], piece))]
+        chunks.append([part.piece for part in parts])
+        for piece, record, values in parts:
+            book[piece] = record
+            if precision.WHOLE in values:
+                rows = weights[piece.name].detach()[piece.start : piece.stop]
+                values.update(precision.rest(values.pop(precision.WHOLE), rows))
+            for key, value in values.items():
+                states.setdefault(k, {})[piece, key] = value
+    return Partition(partition.shapes, chunks), book, states
+
+
+class _Part(NamedTuple):
+    piece: Slice
+    record: Record
+    values: dict[str, Any]
+
+
+def _cut(parts: Iterable[_Part], wanted: Slice) -> list[_Part]:
+    found: list[_Part] = []
+    for piece, record, values in parts:
+        start, stop = max(piece.start, wanted.start), min(piece.stop, wanted.stop)
+        if start < stop:
+            part = Slice(piece.name, start, stop)
+            cut = (
+                values
+                if part == piece
+                else {key: _rows(piece, key, value, part) for key, value in values.items()}
+            )
+            found.append(_Part(part, Record(**record.__dict__), cut))
+    return found
+
+
+def _rows(piece: Slice, key: str, value: Any, part: Slice) -> Any:
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    if value.shape[0] != piece.rows or key.startswith("absmax"):
+        raise StateError(
+            f"{piece.name}: state {key!r} of shape {tuple(value.shape)} is not elementwise, so "
+            f"rows [{piece.start}, {piece.stop}) cannot be cut; resume with the saved chunks"
+        )
+    return value[part.start - piece.start : part.stop - piece.start].clone()
+
+
+def _join(parts: list[_Part]) -> list[_Part]:
+    joined: list[_Part] = []
+    for part in parts:
+        if joined and (merged := _merge(joined[-1], part)):
+            joined[-1] = merged
+        else:
+            joined.append(part)
+    return joined
+
+
+def _merge(a: _Part, b: _Part) -> _Part | None:
+    if a.record.updates != b.record.updates or a.values.keys() != b.values.keys():
+        return None
+    values: dict[str, Any] = {}
+    for key, left in a.values.items():
+        right = b.values[key]
+        if isinstance(left, Tensor) and left.dim() > 0:
+            if left.shape[0] != a.piece.rows or left.shape[1:] != right.shape[1:]:
+                raise StateError(
+                    f"{a.piece.name}: state {key!r} of shape {tuple(left.shape)} is not "
+                    f"elementwise, so slices cannot be joined; resume with the saved chunks"
+                )
+            values[key] = torch.cat([left, right])
+        elif left != right:
+            return None
+        else:
+            values[key] = left
+    record = Record(
+        min(a.record.steps, b.record.steps), a.record.updates, min(a.record.last, b.record.last)
+    )
+    return _Part(Slice(a.piece.name, a.piece.start, b.piece.stop), record, values)
+
+
+def to_device(state: State, weights: Mapping[str, Tensor]) -> State:
+    """A copy of `state` with its tensors beside their weights; scalars stay where they are."""
+    return {
+        (piece, key): value.to(weights[piece.name].device, copy=True)
+        if isinstance(value, Tensor) and value.dim() > 0
+        else (value.clone() if isinstance(value, Tensor) else value)
+        for (piece, key), value in state.items()
+    }
+
+
+def first_moment_rate(settings: Mapping[str, Any]) -> float:
+    """beta1 of Adam-like rules, momentum of SGD-like ones.
+
+    Raises:
+        InputError: the rule keeps no first moment that we know.
+    """
+    if "betas" in settings:
+        return float(settings["betas"][0])
+    if settings.get("momentum"):
+        return float(settings["momentum"])
+    raise InputError(
+        "moments='decay' needs a rule with betas or momentum; use moments='persist' or 'reset'"
+    )
+
+
+def decay_first_moment(values: dict[str, Any], settings: Mapping[str, Any], gap: int) -> None:
+    """Scale the first moment by beta1^gap; block-wise 8-bit ones through their block maxima.
+
+    Raises:
+        InputError: the state has none that we know.
+    """
+    for key in ("exp_avg", "absmax1", "state1", "momentum_buffer"):
+        if isinstance(values.get(key), Tensor):
+            values[key].mul_(first_moment_rate(settings) ** gap)
+            return
+    if values:
+        raise InputError(
+            f"moments='decay': no first moment among the rule's state ({', '.join(values)}); use "
+            f"moments='persist' or 'reset'"
+        )

@@ -1,0 +1,213 @@
+"""Where the state of resting chunks lives: device, host or disk.
+
+State moves at a switch of chunks, never at a step. A chunk's tensors are laid into one flat slab of
+bytes: pinned host memory beside a CUDA model, a memory-mapped file on disk. On "device", and on
+"host" beside a CPU model, they simply stay where they are.
+
+On CUDA a side stream copies, with events both ways: write-back overlaps the next forward, and
+`prefetch` brings the next chunk during the last step of this one. 7B, K=64: 1.3 GB each way a
+switch (calc), once in T steps.
+
+A state is a flat dict of names to values; tensors among them move, other values stay here.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from chunkft.errors import InputError
+
+State = dict[Any, Any]
+ALIGN = 64  # bytes; keeps every tensor in a slab aligned for vector loads
+
+
+class Codec(Protocol):
+    """Turns a state into what rests, and back (8-bit moments, say)."""
+
+    def encode(self, state: State) -> State: ...
+    def decode(self, state: State) -> State: ...
+
+
+class Store:
+    """Keeps one state a key, on `kind` = "device", "host" or a directory.
+
+    Args:
+        kind: "device", "host", or the path of a directory for memory-mapped slabs.
+        codec: applied on the way in and out, on the device; None keeps states as they are.
+
+    Raises:
+        InputError: the directory cannot be created or written.
+    """
+
+    def __init__(self, kind: str | Path = "host", codec: Codec | None = None):
+        self.kind = "disk" if str(kind) not in ("device", "host") else str(kind)
+        self.codec = codec
+        self._slabs: dict[str, Slab] = {}
+        self._kept: dict[str, State] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        if self.kind == "disk":
+            try:
+                Path(kind).mkdir(parents=True, exist_ok=True)
+                # a folder of its own, gone with the store: two runs never share a slab
+                self._folder = tempfile.TemporaryDirectory(prefix="chunkft-", dir=kind)
+            except OSError as e:
+                raise InputError(
+                    f"store={str(kind)!r}: {e.strerror}; name a writable directory"
+                ) from e
+
+    def put(self, key: str, state: State) -> None:
+        """Keep `state`; the caller must not write to its tensors afterwards."""
+        if self.codec:
+            state = self.codec.encode(state)
+        slab = self._slab_for(key, state)
+        self._kept[key] = state if slab is None else slab.write(state)
+
+    def get(self, key: str, device: torch.device) -> State | None:
+        """The state of `key` with its slab's tensors on `device`, or None if there is none."""
+        if key not in self._kept:
+            return None
+        state, slab = self._kept[key], self._slabs.get(key)
+        if slab is not None:
+            state = slab.read(state, device)
+        return self.codec.decode(state) if self.codec else dict(state)
+
+    def prefetch(self, key: str, device: torch.device) -> None:
+        """Start bringing `key` to `device`, so that `get` finds it there."""
+        if key in self._slabs and device.type == "cuda":
+            self._slabs[key].fetch(device)
+
+    def pop(self, key: str, device: torch.device) -> State | None:
+        """`get`, and forget it where it does not lie in a slab that will be written again."""
+        state = self.get(key, device)
+        if key not in self._slabs:
+            self._kept.pop(key, None)
+        return state
+
+    def clear(self) -> None:
+        for slab in self._slabs.values():
+            slab.close()
+        self._slabs.clear()
+        self._kept.clear()
+
+    def _slab_for(self, key: str, state: State) -> "Slab | None":
+        tensors = [t for value in state.values() for t in _plain(value)]
+        cuda = any(t.is_cuda for t in tensors)
+        if self.kind == "device" or (self.kind == "host" and not cuda):
+            self._slabs.pop(key, None)
+            return None
+        size = sum(_aligned(t) for t in tensors)
+        slab = self._slabs.get(key)
+        if slab is None or slab.size < size:
+            if slab is not None:
+                slab.close()
+            if cuda and self._stream is None:
+                self._stream = torch.cuda.Stream()
+            slab = self._slabs[key] = Slab(size, self._path(key), self._stream)
+        return slab
+
+    def _path(self, key: str) -> Path | None:
+        return None if self._folder is None else Path(self._folder.name) / f"{key}.slab"
+
+
+class Slab:
+    """One chunk's bytes: pinned memory (path None) or a memory-mapped file."""
+
+    def __init__(self, size: int, path: Path | None, stream: "torch.cuda.Stream | None"):
+        size = max(size, ALIGN)
+        self.size, self.path, self.stream = size, path, stream
+        if path is None:
+            self.bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        else:
+            path.unlink(missing_ok=True)
+            self.bytes = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+        self._coming: dict[int, Tensor] | None = None
+
+    def write(self, state: State) -> State:
+        """Copy the tensors of `state` in; returns it with views of the slab in their place."""
+        offset = 0
+
+        def place(tensor: Tensor) -> Tensor:
+            nonlocal offset
+            count = tensor.numel() * tensor.element_size()
+            view = self.bytes[offset : offset + count].view(tensor.dtype).view(tensor.shape)
+            offset += _aligned(tensor)
+            self._copy(view, tensor)
+            return view
+
+        self._coming = None
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        return {name: _map(value, place) for name, value in state.items()}
+
+    def fetch(self, device: torch.device) -> Tensor:
+        """Start the copy of the whole slab to a CUDA `device`, on the side stream."""
+        assert self.stream is not None
+        if self._coming is None:
+            with torch.cuda.stream(self.stream):
+                self._coming = {0: self.bytes.to(device, non_blocking=True)}
+        return self._coming[0]
+
+    def read(self, state: State, device: torch.device) -> State:
+        """`state` with its views of the slab replaced by tensors on `device`."""
+        if device.type != "cuda" or self.stream is None:
+            return {
+                name: _map(value, lambda t: t.to(device, copy=True))
+                for name, value in state.items()
+            }
+        arrived, self._coming = self.fetch(device), None
+        torch.cuda.current_stream().wait_stream(self.stream)
+        arrived.record_stream(torch.cuda.current_stream())
+        base = self.bytes.data_ptr()
+
+        def take(view: Tensor) -> Tensor:
+            start = view.data_ptr() - base
+            flat = arrived[start : start + view.numel() * view.element_size()]
+            return flat.view(view.dtype).view(view.shape)
+
+        return {name: _map(value, take) for name, value in state.items()}
+
+    def close(self) -> None:
+        if self.stream is not None:
+            self.stream.synchronize()
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _copy(self, view: Tensor, tensor: Tensor) -> None:
+        if not tensor.is_cuda:
+            view.copy_(tensor)
+            return
+        assert self.stream is not None
+        with torch.cuda.stream(self.stream):
+            # only pinned memory takes a copy that does not block; the file's pages block
+            view.copy_(tensor, non_blocking=self.path is None)
+        tensor.record_stream(self.stream)  # not reused before the copy has read it
+
+
+def _aligned(tensor: Tensor) -> int:
+    return -(-tensor.numel() * tensor.element_size() // ALIGN) * ALIGN
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with `change` applied to its plain tensors, those inside subclasses too.
+
+    Scalars, step counts above all, stay where the rule put them.
+    """
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    if not is_traceable_wrapper_subclass(value):
+        return change(value)
+    names, context = value.__tensor_flatten__()
+    inner = {name: _map(getattr(value, name), change) for name in names}
+    return type(value).__tensor_unflatten__(inner, context, value.shape, value.stride())
+
+
+def _plain(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _map(value, lambda t: (found.append(t), t)[1])
+    return found

@@ -1,0 +1,249 @@
+"""The active chunk, attached to the model: leaves, hooks and sliced forwards; coverage.
+
+**The leaf.** `leaf = W.detach()[s:e].requires_grad_()` shares storage with its weight: it has the
+slice's shape, any torch optimizer drives it, and an in-place update lands in W.
+
+**Two ways for its gradient to arrive**, both adding into `leaf.grad`:
+
+1. The hook, right for every access pattern. A touched W keeps `requires_grad`; a post-accumulate
+   hook moves rows [s, e) of whatever stock autograd delivered to the leaf and frees the rest.
+   Cost: one tensor's dense gradient, for a moment.
+2. The sliced rule of `sliced_ops` on plain layers: no dense gradient at all.
+
+All other trainable weights are frozen meanwhile, so autograd keeps nothing for them and stops below
+the lowest active layer by itself. Nothing is hung on foreign tensors but torch's own hook, whose
+handle is kept, and no class is patched: `detach()` leaves a stock model.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from chunkft.core.partition import Chunk, Slice
+from chunkft.core.sliced_ops import SlicedForward, rule_of
+from chunkft.errors import LostGradientError, ReplacedParameterError, UnsupportedError
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters by name, tied ones once, without torch.compile's name prefix."""
+    return {
+        name.replace("_orig_mod.", ""): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+@dataclass
+class Leaf:
+    """One trained slice: the tensor that the optimizer sees, and where it lies."""
+
+    piece: Slice
+    tensor: Tensor
+    whole: bool
+    home: tuple[Any, ...] = ()
+    """Address, dtype and device of its storage when last looked at."""
+
+    def view(self, weight: Tensor) -> Tensor:
+        """The slice's storage in `weight` as it is now."""
+        rows = weight.detach()
+        return rows if self.whole else rows[self.piece.start : self.piece.stop]
+
+
+class WorkingSet:
+    """Attaches one chunk after another to `model`.
+
+    Args:
+        model: any nn.Module; its parameters with requires_grad=True are the trainable ones.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.parameters = trainable(model)
+        self.leaves: dict[Slice, Leaf] = {}
+        self._handles: list[RemovableHandle] = []
+        self._forwards: list[SlicedForward] = []
+        self._owners: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
+        self._weights: dict[str, tuple[nn.Module, str]] = {}
+        by_id = {id(p): name for name, p in self.parameters.items()}
+        for module in model.modules():
+            for attribute, parameter in module._parameters.items():
+                name = by_id.get(id(parameter))
+                if name is not None:
+                    self._weights.setdefault(name, (module, attribute))
+                    if attribute == "weight" and (rule := rule_of(module)):
+                        self._owners[name].append((module, rule))
+
+    def attach(self, chunk: Chunk) -> None:
+        """Make exactly the slices of `chunk` trainable."""
+        self.detach(restore=False)
+        touched: dict[str, list[Slice]] = defaultdict(list)
+        for piece in chunk:
+            touched[piece.name].append(piece)
+        for name, parameter in self.parameters.items():
+            # An unused gradient of an inactive weight would never be consumed.
+            parameter.grad = None
+            parameter.requires_grad_(name in touched)
+        for name, pieces in touched.items():
+            self._attach_tensor(name, sorted(pieces))
+        self.keep_truncation()
+
+    def _attach_tensor(self, name: str, pieces: list[Slice]) -> None:
+        weight = self.parameters[name]
+        rows = weight.shape[0] if weight.dim() else 1
+        leaves = [Leaf(p, torch.empty(0), p.stop - p.start == rows) for p in pieces]
+        for leaf in leaves:
+            leaf.tensor = leaf.view(weight).requires_grad_()
+            leaf.home = _home(leaf.tensor)
+            self.leaves[leaf.piece] = leaf
+        self._handles.append(weight.register_post_accumulate_grad_hook(_mover(leaves)))
+        adjacent = all(a.stop == b.start for a, b in itertools.pairwise(pieces))
+        if leaves[0].whole or not adjacent:
+            return  # stock autograd computes the whole gradient; the hook moves it
+        for module, rule in self._owners[name]:
+            if rule_of(module) != rule:  # wrapped since construction, by accelerate say
+                continue
+            forward = SlicedForward(module, rule, pieces[0].start, [x.tensor for x in leaves])
+            module.__dict__["forward"] = forward
+            self._forwards.append(forward)
+
+    def detach(self, restore: bool = True) -> None:
+        """Take everything off the model; with `restore`, trainable weights are so again."""
+        for handle in self._handles:
+            handle.remove()
+        for forward in self._forwards:
+            forward.leaves = ()  # somebody who wrapped it meanwhile gets the stock forward
+            if forward.module.__dict__.get("forward") is forward:
+                del forward.module.__dict__["forward"]
+        self._handles, self._forwards, self.leaves = [], [], {}
+        if restore:
+            for parameter in self.parameters.values():
+                parameter.requires_grad_(True)
+
+    def refresh(self) -> list[Leaf]:
+        """Follow `model.to(...)`: point leaves at their weights' present storage.
+
+        Returns: the leaves that moved.
+
+        Raises:
+            ReplacedParameterError: a Parameter object is no longer the one it was.
+        """
+        moved: list[Leaf] = []
+        for leaf in self.leaves.values():
+            weight = self.parameters[leaf.piece.name]
+            module, attribute = self._weights[leaf.piece.name]
+            if module._parameters.get(attribute) is not weight:
+                raise ReplacedParameterError(
+                    f"{leaf.piece.name} is another Parameter object than when the optimizer was "
+                    f"built; build ChunkedOptimizer after the model is changed"
+                )
+            now = leaf.view(weight)
+            if leaf.home != (home := _home(now)):
+                leaf.home = home
+                gradient, leaf.tensor.grad = leaf.tensor.grad, None
+                leaf.tensor.data = now
+                leaf.tensor.grad = None if gradient is None else gradient.to(now)
+                moved.append(leaf)
+        return moved
+
+    def keep_truncation(self) -> None:
+        """Undo what keeps backward from stopping, and refuse what loses gradients.
+
+        `enable_input_require_grads()` makes the embedding's output require grad, so backward runs
+        to the bottom whatever is frozen; Trainer calls it after the optimizer is built.
+        """
+        if getattr(self.model, "_require_grads_hook", None) is not None or getattr(
+            self.model, "_require_grads_hooks", None
+        ):
+            disable: Callable[[], None] = self.model.disable_input_require_grads
+            disable()
+        for module in self.model.modules():
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(function, "keywords", {}).get("use_reentrant"):
+                raise UnsupportedError(
+                    "use_reentrant=True loses the gradients of active slices; use "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}"
+                )
+
+    def collect(self) -> None:
+        """Move gradients that someone put on a weight by hand to its leaves."""
+        for name in {piece.name for piece in self.leaves}:
+            weight = self.parameters[name]
+            if weight.grad is not None:
+                _mover([x for piece, x in self.leaves.items() if piece.name == name])(weight)
+
+    def gradients(self) -> Iterator[tuple[Leaf, Tensor]]:
+        """Leaves that have a gradient, with it."""
+        for leaf in self.leaves.values():
+            if leaf.tensor.grad is not None:
+                yield leaf, leaf.tensor.grad
+
+    def drop_gradients(self) -> None:
+        for leaf in self.leaves.values():
+            leaf.tensor.grad = None
+        for forward in self._forwards:
+            forward.seen_grad = forward.seen_no_grad = False
+
+    def check_lost(self) -> None:
+        """Raise if a slice's layer ran in training, under no_grad only, and got no gradient.
+
+        Raises:
+            LostGradientError: that is what reentrant checkpointing does below a frozen input.
+        """
+        for forward in self._forwards:
+            lost = all(tensor.grad is None for tensor in forward.leaves)
+            if lost and forward.seen_no_grad and not forward.seen_grad:
+                name = next(p.name for p, x in self.leaves.items() if x.tensor is forward.leaves[0])
+                raise LostGradientError(
+                    f"{name} ran in training under no_grad only, so its active slice has no "
+                    f"gradient; checkpoint with use_reentrant=False"
+                )
+
+
+def _home(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.device
+
+
+def _mover(leaves: Sequence[Leaf]) -> Callable[[Tensor], None]:
+    """The post-accumulate hook: rows of W.grad go to the leaves, W.grad goes away."""
+
+    def move(weight: Tensor) -> None:
+        gradient, weight.grad = weight.grad, None
+        assert gradient is not None
+        for leaf in leaves:
+            rows = gradient
+            if not leaf.whole:
+                rows = gradient.to_dense() if gradient.is_sparse else gradient
+                # cloned, so that the dense gradient can go
+                rows = rows[leaf.piece.start : leaf.piece.stop].clone()
+            if rows.device != leaf.tensor.device or rows.dtype != leaf.tensor.dtype:
+                leaf.tensor.data = leaf.view(weight)  # model.to(...) since the last step
+            if leaf.tensor.grad is None:
+                leaf.tensor.grad = rows
+            else:
+                leaf.tensor.grad = (
+                    leaf.tensor.grad + rows if rows.is_sparse else (leaf.tensor.grad.add_(rows))
+                )
+
+    return move
+
+
+def refuse_parallel(model: nn.Module) -> None:
+    """Raise UnsupportedError under data parallelism: ranks would part silently."""
+    distributed = torch.distributed
+    world = (
+        distributed.get_world_size()
+        if distributed.is_available() and distributed.is_initialized()
+        else 1
+    )
+    wrapped = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    if world > 1 or wrapped:
+        raise UnsupportedError(
+            f"{type(model).__name__} in {world} processes: chunks are not synchronised between "
+            f"devices yet; run one process, with one GPU visible (CUDA_VISIBLE_DEVICES=0)"
+        )
