@@ -1,13 +1,15 @@
 """Parameter groups: which group a parameter is in, and hyperparameters copied between groups."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from chunkft.core import precision
 from chunkft.errors import InputError
+
+Member = TypeVar("Member")
 
 
 def assign(
@@ -40,6 +42,16 @@ def assign(
         )
     # state and norms follow the order of the model
     return {name: found[name] for name in weights}, settings
+
+
+def split(
+    groups: dict[str, int], count: int, members: Iterable[tuple[str, Member]]
+) -> list[list[Member]]:
+    """(parameter name, member) pairs as `count` lists, one a group; empty groups stay."""
+    found: list[list[Member]] = [[] for _ in range(count)]
+    for name, member in members:
+        found[groups[name]].append(member)
+    return found
 
 
 def cost(dtype: torch.dtype) -> int:

@@ -25,13 +25,9 @@ from chunkft.core import groups as groups_
 from chunkft.core.partition import Partition, Slice, cut
 from chunkft.core.partition import Tensor as Shape
 from chunkft.core.schedule import Schedule
-from chunkft.core.store import Store
+from chunkft.core.store import Store, nbytes
 from chunkft.core.working_set import Leaf, WorkingSet, refuse_parallel
-from chunkft.errors import (
-    InputError,
-    NonFiniteGradientError,
-    UnsupportedError,
-)
+from chunkft.errors import InputError, NonFiniteGradientError, UnsupportedError
 
 MOMENTS = ("persist", "reset", "decay")
 
@@ -112,18 +108,24 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         self._book = {piece: coverage.Record() for chunk in self.partition for piece in chunk}
         self._warned: set[str] = set()
         self._norm: Tensor | None = None
+        self._bytes: dict[str, int] = {}
         self._groups, settings = groups_.assign(self._weights, groups)
+        self._group_count = len(settings)
 
-        self._working_set.attach(self.partition[self.schedule.chunk(0)])
-        self._inner = optimizer_class(
-            [{**s, "params": leaves} for s, leaves in zip(settings, self._by_group(), strict=True)],
-            **optimizer_kwargs,
-        )
-        if moments == "decay":
-            resume.first_moment_rate(self._inner.defaults)
-        super().__init__(
-            [dict(group) for group in self._inner.param_groups], dict(self._inner.defaults)
-        )
+        try:
+            self._working_set.attach(self.partition[self.schedule.chunk(0)])
+            starts = zip(settings, self._by_group(), strict=True)
+            self._inner = optimizer_class(
+                [{**s, "params": leaves} for s, leaves in starts], **optimizer_kwargs
+            )
+            if moments == "decay":
+                resume.first_moment_rate(self._inner.defaults)
+            super().__init__(
+                [dict(group) for group in self._inner.param_groups], dict(self._inner.defaults)
+            )
+        except BaseException:
+            self._working_set.detach()  # or a second try would find one chunk trainable
+            raise
         self._active = self.schedule.chunk(0)
         self._place()
 
@@ -143,6 +145,11 @@ class ChunkedOptimizer(torch.optim.Optimizer):
     def grad_norm(self) -> float | None:
         """Norm of the last step's gradient before clipping; None before the first step."""
         return None if self._norm is None else float(self._norm)
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by kind: the largest working set so far (gradient, master, state), and resting."""
+        return {**self._bytes, "resting": self.store.nbytes}
 
     def audit(self) -> coverage.Audit:
         """Check that every element got the steps it was due.
@@ -180,6 +187,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         for inner, outer in zip(self._inner.param_groups, self.param_groups, strict=True):
             groups_.copy_settings(outer, inner)
         self._inner.step()
+        self._measure(parameters)
         for leaf, parameter in zip(stepped, parameters, strict=True):
             if parameter is not leaf.tensor:
                 leaf.tensor.copy_(parameter)
@@ -255,15 +263,19 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         return False
 
     def _foreign_write(self, leaf: Leaf, master: Tensor) -> bool:
-        """Whether someone wrote to the weight since the master was rounded to it.
-
-        In-place writes show in the version counter, and all elements are compared then; writes
-        through `.data` do not, so a sample of one element in 61 is compared always.
-        """
         known = self._versions.get(leaf.piece.name) == leaf.tensor._version
-        sample = slice(None, None, 61 if known else 1)
-        mine, theirs = master.reshape(-1)[sample], leaf.tensor.detach().reshape(-1)[sample]
-        return not torch.equal(mine.to(theirs.dtype), theirs)
+        return precision.overwritten(leaf.tensor, master, known)
+
+    def _measure(self, parameters: list[Tensor]) -> None:
+        """Remember the largest working set, when a step has it whole."""
+        tensors = [t for p in parameters for t in self._inner.state[p].values()]
+        now = {
+            "gradient": nbytes(p.grad for p in parameters),
+            "master": nbytes(self._masters.values()),
+            "state": nbytes(tensors),
+        }
+        if sum(now.values()) > sum(self._bytes.values()):
+            self._bytes = now
 
     def _clip(self, parameters: list[Tensor]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -354,11 +366,9 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             inner["params"] = [self._parameter(by_id[id(tensor)]) for tensor in leaves]
 
     def _by_group(self) -> list[list[Tensor]]:
-        count = max(self._groups.values()) + 1
-        members: list[list[Tensor]] = [[] for _ in range(count)]
-        for piece, leaf in self._working_set.leaves.items():
-            members[self._groups[piece.name]].append(leaf.tensor)
-        return members
+        leaves = self._working_set.leaves.items()
+        tensors = ((piece.name, leaf.tensor) for piece, leaf in leaves)
+        return groups_.split(self._groups, self._group_count, tensors)
 
     def _parameter(self, leaf: Leaf) -> Tensor:
         return self._masters.get(leaf.piece, leaf.tensor)
@@ -480,7 +490,4 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         self._attach(self.active, new_visit=visit_begins and start != saved.schedule.start)
 
     def _names_by_group(self) -> list[list[str]]:
-        names: list[list[str]] = [[] for _ in range(max(self._groups.values()) + 1)]
-        for name, group in self._groups.items():
-            names[group].append(name)
-        return names
+        return groups_.split(self._groups, self._group_count, ((n, n) for n in self._groups))

@@ -73,6 +73,7 @@ class Partition(Sequence[Chunk]):
             tuple(sorted(chunk, key=lambda s: (position[s.name], s.start))) for chunk in chunks
         )
         self._check()
+        self._sizes = tuple(sum(map(self.elements, chunk)) for chunk in self._chunks)
 
     def _check(self) -> None:
         covered = dict.fromkeys(self.shapes, 0)
@@ -112,7 +113,7 @@ class Partition(Sequence[Chunk]):
 
     def sizes(self) -> list[int]:
         """Elements of each chunk."""
-        return [sum(map(self.elements, chunk)) for chunk in self._chunks]
+        return list(self._sizes)
 
     def is_whole(self, piece: Slice) -> bool:
         return piece.rows == self.rows(piece.name)
@@ -171,7 +172,8 @@ def _stream(tensors: Sequence[Tensor], atoms: list[int], chunks: int) -> list[li
 def _spread(tensors: Sequence[Tensor], atoms: list[int], chunks: int) -> list[list[Slice]]:
     result: list[list[Slice]] = [[] for _ in range(chunks)]
     filled = [0.0] * chunks
-    # Largest atoms first: what follows is small enough to even out what came before.
+    # Largest atoms first: what follows is small enough to even out what came before. An empty
+    # chunk is the emptiest, so none stays so.
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].cost / atoms[i])
     for i in order:
         tensor, parts = tensors[i], min(atoms[i], chunks)
@@ -184,8 +186,4 @@ def _spread(tensors: Sequence[Tensor], atoms: list[int], chunks: int) -> list[li
             result[k].append(Slice(tensor.name, start, stop))
             filled[k] += (stop - start) * tensor.row_cost
             start = stop
-    if empty := [k for k in range(chunks) if not result[k]]:
-        raise PartitionError(
-            f"chunks={chunks} leaves chunks {empty} empty in layout 'spread'; use fewer chunks"
-        )
     return result

@@ -66,6 +66,17 @@ def _guess(low: Tensor, weight: Tensor) -> Tensor:
     return upper - (low < 0).to(torch.int16)
 
 
+def overwritten(weight: Tensor, master: Tensor, known: bool) -> bool:
+    """Whether someone wrote to `weight` since `master` was rounded to it.
+
+    In-place writes show in the version counter (`known` is False), and all elements are compared
+    then; writes through `.data` do not, so a sample of one element in 61 is compared always.
+    """
+    sample = slice(None, None, 61 if known else 1)
+    mine, theirs = master.reshape(-1)[sample], weight.detach().reshape(-1)[sample]
+    return not torch.equal(mine.to(theirs.dtype), theirs)
+
+
 def fingerprint(weight: Tensor) -> Tensor:
     """Two int64 sums over the weight's bits, all and every third: they tell a foreign write."""
     bits = weight.detach().contiguous().reshape(-1).view(torch.int16)

@@ -156,23 +156,26 @@ def rule_of(module: nn.Module) -> str | None:
 class SlicedForward:
     """The forward of one module instance while a slice of its weight is active.
 
+    With rule "stock" the hook does the work, and this only sees whether autograd was on.
     A copy or pickle of the module gets the stock forward back: a copy is independent.
     """
 
-    def __init__(self, module: nn.Module, rule: str, start: int, leaves: Sequence[Tensor]):
+    def __init__(self, module: Any, rule: str, start: int, leaves: Sequence[Tensor]):
         self.module, self.rule, self.start, self.leaves = module, rule, start, tuple(leaves)
-        self.weight = module.weight
+        self.weight: Tensor = module.weight
         self.seen_grad = self.seen_no_grad = False
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         module = self.module
         # functional_call and swapped weights are not ours to slice
-        if module.weight is not self.weight or not self.leaves:
-            return type(module).forward(module, x)
-        if not torch.is_grad_enabled():
+        ours = module.weight is self.weight and bool(self.leaves)
+        if ours and torch.is_grad_enabled():
+            self.seen_grad = True
+        elif ours:
             self.seen_no_grad |= module.training
-            return type(module).forward(module, x)
-        self.seen_grad = True
+        if not (ours and torch.is_grad_enabled()) or self.rule == "stock" or kwargs:
+            return type(module).forward(module, *args, **kwargs)
+        (x,) = args
         weight = self.weight.detach()
         if self.leaves[0].device != weight.device:
             self._follow(weight)

@@ -12,7 +12,7 @@ A state is a flat dict of names to values; tensors among them move, other values
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from chunkft.errors import InputError
 
 State = dict[Any, Any]
+GIB = 2**30
 ALIGN = 64  # bytes; keeps every tensor in a slab aligned for vector loads
 
 
@@ -88,6 +89,11 @@ class Store:
         if key not in self._slabs:
             self._kept.pop(key, None)
         return state
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the states kept."""
+        return nbytes(value for state in self._kept.values() for value in state.values())
 
     def clear(self) -> None:
         for slab in self._slabs.values():
@@ -211,3 +217,9 @@ def _plain(value: Any) -> list[Tensor]:
     found: list[Tensor] = []
     _map(value, lambda t: (found.append(t), t)[1])
     return found
+
+
+def nbytes(values: Iterable[Any]) -> int:
+    """Bytes of the tensors among `values`."""
+    tensors = [t for value in values for t in _plain(value)]
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -17,7 +17,7 @@ handle is kept, and no class is patched: `detach()` leaves a stock model.
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,15 @@ from torch.utils.hooks import RemovableHandle
 
 from chunkft.core.partition import Chunk, Slice
 from chunkft.core.sliced_ops import SlicedForward, rule_of
-from chunkft.errors import LostGradientError, ReplacedParameterError, UnsupportedError
+from chunkft.errors import (
+    InputError,
+    LostGradientError,
+    ReplacedParameterError,
+    UnsupportedError,
+)
+
+# transformers' hook that makes an embedding's output require grad
+REQUIRE_GRADS = "enable_input_require_grads.<locals>.make_inputs_require_grads"
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -60,9 +68,13 @@ class WorkingSet:
 
     Args:
         model: any nn.Module; its parameters with requires_grad=True are the trainable ones.
+
+    Raises:
+        InputError: another working set is attached to the model.
     """
 
     def __init__(self, model: nn.Module):
+        refuse_attached(model)
         self.model = model
         self.parameters = trainable(model)
         self.leaves: dict[Slice, Leaf] = {}
@@ -101,14 +113,14 @@ class WorkingSet:
             leaf.tensor = leaf.view(weight).requires_grad_()
             leaf.home = _home(leaf.tensor)
             self.leaves[leaf.piece] = leaf
-        self._handles.append(weight.register_post_accumulate_grad_hook(_mover(leaves)))
+        self._handles.append(weight.register_post_accumulate_grad_hook(_Mover(leaves)))
         adjacent = all(a.stop == b.start for a, b in itertools.pairwise(pieces))
-        if leaves[0].whole or not adjacent:
-            return  # stock autograd computes the whole gradient; the hook moves it
+        stock = leaves[0].whole or not adjacent  # autograd's whole gradient; the hook moves it
         for module, rule in self._owners[name]:
             if rule_of(module) != rule:  # wrapped since construction, by accelerate say
                 continue
-            forward = SlicedForward(module, rule, pieces[0].start, [x.tensor for x in leaves])
+            used = "stock" if stock else rule
+            forward = SlicedForward(module, used, pieces[0].start, [x.tensor for x in leaves])
             module.__dict__["forward"] = forward
             self._forwards.append(forward)
 
@@ -157,12 +169,14 @@ class WorkingSet:
         `enable_input_require_grads()` makes the embedding's output require grad, so backward runs
         to the bottom whatever is frozen; Trainer calls it after the optimizer is built.
         """
-        if getattr(self.model, "_require_grads_hook", None) is not None or getattr(
-            self.model, "_require_grads_hooks", None
-        ):
-            disable: Callable[[], None] = self.model.disable_input_require_grads
-            disable()
         for module in self.model.modules():
+            if getattr(module, "_require_grads_hooks", None):
+                disable: Any = module.disable_input_require_grads
+                disable()
+            # enabled twice, the hooks of the first time are in no list of transformers any more
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__qualname__", "").endswith(REQUIRE_GRADS):
+                    del module._forward_hooks[key]
             function = getattr(module, "_gradient_checkpointing_func", None)
             if getattr(function, "keywords", {}).get("use_reentrant"):
                 raise UnsupportedError(
@@ -175,7 +189,7 @@ class WorkingSet:
         for name in {piece.name for piece in self.leaves}:
             weight = self.parameters[name]
             if weight.grad is not None:
-                _mover([x for piece, x in self.leaves.items() if piece.name == name])(weight)
+                _Mover([x for piece, x in self.leaves.items() if piece.name == name])(weight)
 
     def gradients(self) -> Iterator[tuple[Leaf, Tensor]]:
         """Leaves that have a gradient, with it."""
@@ -201,7 +215,7 @@ class WorkingSet:
                 name = next(p.name for p, x in self.leaves.items() if x.tensor is forward.leaves[0])
                 raise LostGradientError(
                     f"{name} ran in training under no_grad only, so its active slice has no "
-                    f"gradient; checkpoint with use_reentrant=False"
+                    f"gradient; checkpoint with use_reentrant=False, or freeze it"
                 )
 
 
@@ -209,13 +223,16 @@ def _home(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.device
 
 
-def _mover(leaves: Sequence[Leaf]) -> Callable[[Tensor], None]:
+class _Mover:
     """The post-accumulate hook: rows of W.grad go to the leaves, W.grad goes away."""
 
-    def move(weight: Tensor) -> None:
+    def __init__(self, leaves: Sequence[Leaf]):
+        self.leaves = leaves
+
+    def __call__(self, weight: Tensor) -> None:
         gradient, weight.grad = weight.grad, None
         assert gradient is not None
-        for leaf in leaves:
+        for leaf in self.leaves:
             rows = gradient
             if not leaf.whole:
                 rows = gradient.to_dense() if gradient.is_sparse else gradient
@@ -230,7 +247,15 @@ def _mover(leaves: Sequence[Leaf]) -> Callable[[Tensor], None]:
                     leaf.tensor.grad + rows if rows.is_sparse else (leaf.tensor.grad.add_(rows))
                 )
 
-    return move
+
+def refuse_attached(model: nn.Module) -> None:
+    """Raise InputError if another optimizer has `model`: all but its chunk would look frozen."""
+    for name, parameter in model.named_parameters():
+        hooks: dict[int, Any] = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+        if any(isinstance(hook, _Mover) for hook in hooks.values()):
+            raise InputError(
+                f"{name} belongs to a ChunkedOptimizer already; call detach() on that one first"
+            )
 
 
 def refuse_parallel(model: nn.Module) -> None:

@@ -1,0 +1,5 @@
+"""`python -m chunkft`."""
+
+from chunkft.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,187 @@
+"""`chunkft <command>`: the command line, and the only reader of the environment.
+
+`sft` takes every flag and YAML key that `trl sft` takes, through TRL's own parser, and ours beside
+them. Errors that are the user's end in one line and exit code 2.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from chunkft import __version__
+from chunkft.errors import ChunkFTError, InputError
+
+HELP = """\
+chunkft: full-parameter fine-tuning in the memory of an adapter
+
+  chunkft sft    fine-tune all parameters of a language model on your records
+  chunkft demo   see it work: SmolLM2-135M learns a task in a few minutes on a CPU
+
+  chunkft <command> --help   what it takes
+  chunkft --version
+"""
+
+SFT_HELP = """\
+usage: chunkft sft --dataset_name DATA [--model_name_or_path MODEL] [--output_dir DIR] [...]
+
+Fine-tune all parameters of a language model, one chunk of them at a time.
+Takes every flag and YAML key (--config FILE) of `trl sft`; these matter most:
+
+  --dataset_name DATA        .jsonl .json .csv .parquet, a folder, a hub id, or
+                             reasoning-gym:<task>[?setting=value&...]
+                             records: messages | prompt + completion | text
+  --model_name_or_path MODEL local path, hub id, .gguf file, or smollm2-135m (default)
+  --output_dir DIR           an empty directory for checkpoints, model and report
+  --learning_rate LR         default: 2e-5 * sqrt(chunks)
+  --max_steps N | --num_train_epochs N
+  --per_device_train_batch_size N   --gradient_accumulation_steps N
+  --max_length TOKENS        --packing   (isolation of packed records is checked)
+  --dtype bfloat16|float16|float32
+  --optim NAME --weight_decay X --max_grad_norm X --lr_scheduler_type NAME --warmup_ratio X
+  --eval_strategy steps --eval_steps N      --report_to tensorboard
+  --save_steps N --save_total_limit N
+  --resume_from_checkpoint last|DIR         go on after a stop or a crash, to the bit
+
+Ours:
+{ours}
+  --help-all                 every flag, TRL's included
+
+Ctrl-C saves a checkpoint, prints the line that resumes, and exits.
+TRL's usage ping is switched off (HF_HUB_DISABLE_TELEMETRY=1).
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = words[0] if words else "--help"
+    if command in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if command == "--version":
+        print(f"chunkft {__version__}")
+        return 0
+    commands = {"sft": _sft, "demo": _demo}
+    try:
+        if command not in commands:
+            raise InputError(f"unknown command {command!r}; use one of {', '.join(commands)}")
+        # before transformers is imported; TRL reports each trainer that is built otherwise
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        return commands[command](words[1:])
+    except ChunkFTError as e:
+        print(f"chunkft: error: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+
+
+def _sft(words: list[str]) -> int:
+    if {"-h", "--help"} & set(words):
+        print(SFT_HELP.format(ours=_own_flags()), end="")
+        return 0
+    if "--help-all" in words:
+        _sft_parser().print_help()
+        return 0
+    job = parse_sft(words)
+    from chunkft.recipes import sft
+
+    return sft.run(job)
+
+
+def _demo(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="chunkft demo",
+        description="Fine-tune all 134,515,008 parameters of SmolLM2-135M-Instruct on a "
+        "reasoning-gym task, on this machine, and compare with dense AdamW's first steps.",
+    )
+    parser.add_argument("--output_dir", default="runs/demo", help="replaced at each call")
+    parser.add_argument("--max_steps", type=int, default=None, help="training steps")
+    from chunkft.recipes import demo
+
+    options = parser.parse_args(words)
+    return demo.run(options.output_dir, options.max_steps)
+
+
+def parse_sft(words: Sequence[str]) -> Any:
+    """A `recipes.sft.Job` from the words after `chunkft sft`.
+
+    Raises:
+        InputError: an unknown or malformed flag, or a config file that cannot be read.
+    """
+    from chunkft.recipes.sft import Job
+
+    # a bare flag goes on with the newest checkpoint
+    words = list(words)
+    for i, word in enumerate(words):
+        bare = i + 1 == len(words) or words[i + 1].startswith("--")
+        if word == "--resume_from_checkpoint" and bare:
+            words.insert(i + 1, "last")
+            break
+    if not any(w.split("=")[0] in ("--output_dir", "--config", "--output-dir") for w in words):
+        words += ["--output_dir", "runs/sft"]
+    parser = _sft_parser()
+    try:
+        script, training, model, mixture, chunk = parser.parse_args_and_config(
+            words, fail_with_unknown_args=True
+        )
+    except (ValueError, OSError, TypeError) as e:
+        raise InputError(f"chunkft sft: {e}") from e
+    job = Job(script, training, model, mixture, chunk)
+    job.given = _given(words)
+    job.command = shlex.join(["chunkft", "sft", *words])
+    return job
+
+
+def _sft_parser() -> Any:
+    import torch
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+    from chunkft.train.config import ChunkArguments
+
+    @dataclass
+    class Model(ModelConfig):
+        dtype: str | None = field(
+            default="bfloat16",
+            metadata={
+                "help": "Of the weights (TRL's default is float32). 16-bit ones train through an "
+                "exact fp32 master of the active chunk.",
+                "choices": ["auto", "bfloat16", "float16", "float32"],
+            },
+        )
+
+    parser = TrlParser(
+        (ScriptArguments, SFTConfig, Model, DatasetMixtureConfig, ChunkArguments),  # pyright: ignore[reportArgumentType]
+        prog="chunkft sft",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.exit_on_error = False
+    # TRL asks for bf16 and then refuses a machine without accelerator unless told so
+    parser.set_defaults_with_config(use_cpu=not torch.accelerator.is_available())
+    return parser
+
+
+def _given(words: Sequence[str]) -> set[str]:
+    """Names of the settings on the command line and in the config file."""
+    names = {w[2:].split("=")[0].replace("-", "_") for w in words if w.startswith("--")}
+    if "config" in names:
+        import yaml
+
+        path = words[list(words).index("--config") + 1]
+        with open(path) as f:
+            names |= set(yaml.safe_load(f) or {})
+    return names
+
+
+def _own_flags() -> str:
+    from chunkft.train.config import ChunkArguments
+
+    lines = []
+    for setting in fields(ChunkArguments):
+        text = setting.metadata["help"]
+        default = "" if setting.default is None else f" [{setting.default}]"
+        lines.append(f"  --{setting.name:<24} {text}{default}")
+    return "\n".join(lines)

@@ -1,0 +1,154 @@
+"""The language-model head and its loss in tiles, with the gradient of the active head slice only.
+
+For hidden states h [N, D], head W [V, D], labels y [N] and p = softmax(h W^T):
+
+    log_prob_n = log p_n[y_n]      d_n = onehot(y_n) - p_n
+    dh_n = g_n d_n W               dW[s:e] = sum_n g_n d_n[s:e]^T h_n      (g_n from upstream)
+
+Logits exist for one tile of tokens at a time, and d_n W is formed in the forward pass, tile by
+tile, so backward needs no second product with the head (TRL's fused head recomputes the logits,
+and makes a dense fp32 gradient of W: 500 MiB at 7B). Kept for backward: N (D + e - s) elements.
+Only positions with a label go through the head.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from trl.trainer.utils import FusedCausalLMOutput
+
+from chunkft.core.sliced_ops import SlicedForward, cast_for_autocast, rule_of
+
+TILE = 512  # tokens whose logits exist at once
+
+
+class HeadLogProbs(Function):
+    """Log-probability of each label, with entropy and top-1 hit beside it.
+
+    Args:
+        hidden: [N, D].  weight: [V, D], detached.  labels: [N], in [0, V).
+        start: first active row.  leaves: [r_j, D], adjacent rows of the weight from `start` on.
+    Returns: log_probs [N] fp32 (differentiable), entropy [N] fp32, is_top1 [N] bool.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, start: int, *leaves: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        log_probs = torch.empty(len(labels), dtype=wide, device=hidden.device)
+        entropy, top1 = torch.empty_like(log_probs), torch.empty_like(labels, dtype=torch.bool)
+        ctx.rows = [leaf.shape[0] for leaf in leaves]
+        rows = sum(ctx.rows)
+        needs_hidden, needs_weight = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:])
+        pull = torch.empty_like(hidden) if needs_hidden else None
+        slice_d = hidden.new_empty(len(labels), rows) if needs_weight else None
+        for first in range(0, len(labels), TILE):
+            at = slice(first, first + TILE)
+            logits = F.linear(hidden[at], weight).to(wide)
+            lse = logits.logsumexp(-1)
+            chosen = logits.gather(-1, labels[at, None])[:, 0]
+            log_probs[at] = chosen - lse
+            top1[at] = logits.argmax(-1) == labels[at]
+            probs = (logits - lse[:, None]).exp_()
+            entropy[at] = lse - (probs * logits).sum(-1)
+            if pull is None and slice_d is None:
+                continue
+            d = probs.neg_()
+            d.scatter_add_(-1, labels[at, None], torch.ones_like(lse[:, None]))
+            d = d.to(hidden.dtype)
+            if pull is not None:
+                pull[at] = d @ weight
+            if slice_d is not None:
+                slice_d[at] = d[:, start : start + rows]
+        ctx.save_for_backward(pull, slice_d, hidden if needs_weight else None)
+        ctx.mark_non_differentiable(entropy, top1)
+        return log_probs, entropy, top1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        pull, slice_d, hidden = ctx.saved_tensors
+        dh = None if pull is None else pull * g[:, None].to(pull.dtype)
+        if slice_d is None:
+            return dh, None, None, None, *(None for _ in ctx.rows)
+        dw = (slice_d * g[:, None].to(slice_d.dtype)).T @ hidden
+        return dh, None, None, None, *dw.split(ctx.rows)
+
+
+def head_log_probs(hidden: Tensor, head: nn.Module, labels: Tensor) -> tuple[Tensor, ...]:
+    """`HeadLogProbs` through a plain nn.Linear head, whichever part of it is active.
+
+    Args:
+        hidden: [N, D].  head: plain, without bias.  labels: [N].
+    """
+    own = head.__dict__.get("forward")
+    weight: Tensor = head.weight  # pyright: ignore[reportAssignmentType]
+    start, leaves = 0, (weight,) if weight.requires_grad else ()
+    if isinstance(own, SlicedForward) and own.leaves:
+        start, leaves = own.start, own.leaves
+        own.seen_grad |= torch.is_grad_enabled()
+    hidden, cast = cast_for_autocast(hidden, weight.detach())
+    log_probs, entropy, top1 = HeadLogProbs.apply(hidden, cast, labels, start, *leaves)  # pyright: ignore[reportGeneralTypeIssues]
+    return log_probs, entropy, top1
+
+
+def is_plain_head(model: Any) -> bool:
+    """Whether the logits are h W^T and nothing else: no bias, no scale, no soft cap, no router."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    if head is None or getattr(head, "bias", None) is not None:
+        return False
+    if rule_of(head) != "linear" and not isinstance(head.__dict__.get("forward"), SlicedForward):
+        return False
+    altered = ("final_logit_softcapping", "logit_scale", "output_multiplier")
+    altered += ("lm_head_multiplier", "logits_scaling")
+    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in altered):
+        return False
+    return not getattr(config, "output_router_logits", False)
+
+
+def install_head(model: Any) -> Callable[[], None]:
+    """Give `model` our tiles where TRL's trainers ask for `fused_lm_head`; returns the undo.
+
+    The trainer must have been built: the forward that TRL put on this instance serves every other
+    call, and heads that are not plain.
+    """
+    stock = model.forward
+
+    @functools.wraps(stock)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        labels = kwargs.get("labels")
+        shifted = kwargs.get("shift_labels") is not None
+        if labels is None or shifted or not (kwargs.get("fused_lm_head") and is_plain_head(self)):
+            return stock(*args, **kwargs)
+        count = kwargs.pop("num_items_in_batch", None)
+        for name in ("fused_lm_head", "labels", "shift_labels"):
+            kwargs.pop(name, None)
+        kwargs["use_cache"] = False
+        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        targets = labels[:, 1:].to(hidden.device)
+        mask = targets != -100
+        scored = head_log_probs(hidden[mask], self.get_output_embeddings(), targets[mask])
+        spread = [x.new_zeros(mask.shape).masked_scatter(mask, x) for x in scored]
+        log_probs, entropy, top1 = spread
+        total = mask.sum().clamp(min=1) if count is None else count
+        return FusedCausalLMOutput(
+            loss=-log_probs.sum() / total,  # pyright: ignore[reportArgumentType]
+            log_probs=log_probs,  # pyright: ignore[reportArgumentType]
+            entropy=entropy,  # pyright: ignore[reportArgumentType]
+            is_top1=top1,  # pyright: ignore[reportArgumentType]
+            label_mask=mask,
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+    def undo() -> None:
+        model.forward = stock
+
+    return undo

@@ -1,0 +1,1 @@
+"""Thin runs on the trainers people know."""

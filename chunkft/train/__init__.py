@@ -1,0 +1,1 @@
+"""Between a TRL trainer and the chunk engine: settings, callbacks, checkpoints, report."""

@@ -1,0 +1,135 @@
+"""Checkpoints that are whole or named as torn.
+
+Trainer writes a checkpoint file by file. When all are there and on disk, a manifest with the size
+and the ends of every file is put beside them by rename, so a checkpoint without a fitting manifest
+is one that a kill interrupted. Older checkpoints are deleted only after that.
+"""
+
+import json
+import os
+import re
+import shutil
+import zlib
+from pathlib import Path
+
+from chunkft.errors import CheckpointError, InputError
+
+MANIFEST = "chunkft_manifest.json"
+ENDS = 1 << 20  # bytes looked at on either end of a file
+
+
+def seal(folder: Path) -> None:
+    """Declare the checkpoint in `folder` whole."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            with path.open("rb+") as f:
+                os.fsync(f.fileno())
+            files[str(path.relative_to(folder))] = _look(path)
+    temporary = folder / (MANIFEST + ".tmp")
+    with temporary.open("w") as f:
+        json.dump({"files": files}, f)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(folder / MANIFEST)
+
+
+def fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return "was never finished (no manifest)"
+    except (ValueError, KeyError):
+        return "has a broken manifest"
+    for name, seen in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"has lost {name}"
+        if _look(path) != seen:
+            return f"has a damaged {name}"
+    return None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first."""
+    found = [p for p in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def last_whole(run: Path, upto: Path | None = None) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of `run` (not newer than `upto`), and what was passed over."""
+    torn: list[str] = []
+    for folder in reversed(checkpoints(run)):
+        if upto is not None and int(folder.name[11:]) > int(upto.name[11:]):
+            continue
+        if (why := fault(folder)) is None:
+            return folder, torn
+        torn.append(f"{folder} {why}")
+    return None, torn
+
+
+def to_resume(setting: str, run: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint that `--resume_from_checkpoint setting` means, and the torn ones passed over.
+
+    `true` and `last` mean the newest whole one in the output directory, or the beginning when the
+    run was killed before its first.
+
+    Raises:
+        InputError: a path that does not exist.
+        CheckpointError: neither it nor an older one is whole.
+    """
+    if setting.lower() in ("true", "last", "latest", "1", "yes"):
+        return last_whole(run)
+    folder = Path(setting)
+    if not folder.is_dir():
+        raise InputError(f"--resume_from_checkpoint {setting}: no such folder; use 'last'")
+    if not re.fullmatch(r"checkpoint-\d+", folder.name):
+        found, torn = last_whole(folder)
+    else:
+        found, torn = last_whole(folder.parent, upto=folder)
+    if found is None:
+        raise CheckpointError(
+            f"no whole checkpoint in {setting}: {'; '.join(torn) or 'it holds none'}"
+        )
+    return found, torn
+
+
+def rotate(run: Path, keep: int | None, best: str | None) -> None:
+    """Delete the oldest whole checkpoints beyond `keep`, never the best or the newest."""
+    if not keep or keep < 1:
+        return
+    whole = [p for p in checkpoints(run) if (p / MANIFEST).exists()]
+    for folder in whole[:-keep]:
+        if best is None or folder.resolve() != Path(best).resolve():
+            shutil.rmtree(folder)
+
+
+def prepare_output(run: Path, resuming: bool) -> None:
+    """Make the output directory, and refuse one that holds another run.
+
+    Raises:
+        InputError: it is not empty and the run does not resume, or cannot be written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        probe = run / ".chunkft-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise InputError(
+            f"--output_dir {run}: {e.strerror or e}; name a directory you can write"
+        ) from e
+    if not resuming and any(run.iterdir()):
+        raise InputError(
+            f"--output_dir {run} holds another run; add --resume_from_checkpoint last to go on "
+            f"with it, or name an empty directory"
+        )
+
+
+def _look(path: Path) -> list[int]:
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        head = zlib.crc32(f.read(ENDS))
+        f.seek(max(0, size - ENDS))
+        return [size, head, zlib.crc32(f.read(ENDS))]

@@ -1,0 +1,106 @@
+"""The settings of a run that are ours, and the rules that fill those nobody gave.
+
+Defaults: layout `spread`, K = 16, T = 20 or what lets two cycles fit, learning rate TRL's times
+sqrt(K). LOG.md says from which measurements.
+"""
+
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Any
+
+from chunkft.errors import InputError
+
+DEFAULT_CHUNKS = 16
+DEFAULT_INTERVAL = 20
+DENSE_LEARNING_RATE = 2e-5  # TRL's default for dense AdamW
+
+# optimizers that need every gradient, or the model, at once
+REFUSED = ("galore", "lomo", "apollo")
+
+
+def setting(default: Any, text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class ChunkArguments:
+    """Flags of `chunkft sft` beside TRL's own."""
+
+    method: str = setting(
+        "chunk",
+        "chunk: train all parameters, one chunk at a time. full: dense training, all at once.",
+        choices=["chunk", "full"],
+    )
+    chunks: int | None = setting(
+        None, f"K, chunks the weights are cut into (default {DEFAULT_CHUNKS}, fewer in short runs)."
+    )
+    interval: int | None = setting(
+        None, "T, optimizer steps of a visit to a chunk (default: as many as let two cycles fit)."
+    )
+    layout: str = setting(
+        "spread",
+        "spread: a chunk is a share of rows of every tensor. stream: contiguous, cheaper steps.",
+        choices=["spread", "stream"],
+    )
+    order: str = setting("cyclic", "Order of visits.", choices=["cyclic", "shuffled", "reversed"])
+    moments: str = setting(
+        "persist",
+        "Optimizer state between visits: persist, reset, or decay (first moment by beta1 a step).",
+        choices=["persist", "reset", "decay"],
+    )
+    store: str = setting("host", "Where resting state lives: host, device, or a directory on disk.")
+    score_samples: int = setting(
+        50, "Held-out items to solve before and after, when the data is a reasoning-gym task."
+    )
+    train_samples: int = setting(2000, "Items to generate from a reasoning-gym task.")
+    cache_dir: str = setting("~/.cache/chunkft", "Where converted models are kept.")
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """K and T of a run."""
+
+    chunks: int
+    interval: int
+
+
+def choose_rotation(chunks: int | None, interval: int | None, steps: int) -> Rotation:
+    """K and T such that two cycles fit into `steps` optimizer steps.
+
+    Raises:
+        InputError: a value below 1, or given values under which weights would never move.
+    """
+    for name, value in (("chunks", chunks), ("interval", interval)):
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value} must be at least 1")
+    k = chunks or max(1, min(DEFAULT_CHUNKS, steps // (2 * (interval or 1))))
+    t = interval or max(1, min(DEFAULT_INTERVAL, steps // (2 * k)))
+    if k * t > steps:
+        raise InputError(
+            f"--chunks {k} --interval {t} needs {k * t} steps for one cycle and the run has "
+            f"{steps}: {1 - steps / (k * t):.0%} of the parameters would never move; use at most "
+            f"{max(steps // t, 1)} chunks, or train longer"
+        )
+    if k > 1 and 2 * k * t > steps and chunks and interval:
+        raise InputError(
+            f"--chunks {k} --interval {t} fits {steps / (k * t):.1f} cycles into {steps} steps, 2 "
+            f"are needed for even training; use --interval {max(steps // (2 * k), 1)} or less"
+        )
+    return Rotation(k, t)
+
+
+def choose_learning_rate(chunks: int) -> float:
+    """The best rate grows about as sqrt(K): each weight gets 1/K of the updates."""
+    return DENSE_LEARNING_RATE * sqrt(chunks)
+
+
+def refuse_optimizer(optim: str, deepspeed: object) -> None:
+    """Raise InputError for optimizers and engines that cannot be driven chunk by chunk."""
+    for word in REFUSED:
+        if word in optim:
+            raise InputError(
+                f"--optim {optim}: {word} needs the model's gradients all at once, so it cannot be "
+                f"driven chunk by chunk; use adamw_torch, sgd, adafactor or adamw_8bit"
+            )
+    if deepspeed:
+        raise InputError("--deepspeed takes the optimizer's place; leave it out with chunkft")

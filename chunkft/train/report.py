@@ -1,0 +1,133 @@
+"""report.md and loss.png of a run: what was set, what came of it, in numbers that were measured."""
+
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+from chunkft.core.coverage import Audit
+from chunkft.core.store import GIB
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+PACKAGES = ("chunkft", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers")
+
+
+@dataclass
+class Outcome:
+    """All that a report tells."""
+
+    command: str
+    settings: Mapping[str, Any]
+    history: Sequence[Mapping[str, float]]
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    audit: Audit
+    bytes_by_kind: Mapping[str, int]
+    peak_gib: float
+    seconds: float
+    parameters: int
+    samples: Sequence[tuple[str, str, str, str]] = field(default_factory=list)
+    """Question, reference, answer before, answer after."""
+
+
+def write(folder: Path, outcome: Outcome) -> Path:
+    """Write `report.md` and, if anything was logged, `loss.png`; returns the report's path."""
+    lines = ["# Run report", "", "```", outcome.command, "```", ""]
+    lines += _numbers(outcome)
+    if outcome.history:
+        _plot(folder / "loss.png", outcome.history)
+        lines += ["![loss](loss.png)", ""]
+    lines += _coverage(outcome.audit, outcome.parameters)
+    lines += ["## Memory by kind", "", "| kind | GiB |", "|---|---|"]
+    lines += [f"| {kind} | {size / GIB:.3f} |" for kind, size in outcome.bytes_by_kind.items()]
+    lines += [f"| peak of the {_where()} | {outcome.peak_gib:.3f} |", ""]
+    if outcome.samples:
+        lines += [
+            "## Answers",
+            "",
+            "| question | reference | before | after |",
+            "|---|---|---|---|",
+        ]
+        lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in outcome.samples] + [""]
+    lines += ["## Settings", "", "| setting | value |", "|---|---|"]
+    lines += [f"| {key} | {_cell(str(value))} |" for key, value in outcome.settings.items()]
+    lines += ["", "## Versions", "", *_versions()]
+    path = folder / "report.md"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def _numbers(outcome: Outcome) -> list[str]:
+    rows = [f"| {k} | {outcome.before[k]:.4f} | {outcome.after.get(k, float('nan')):.4f} |"
+            for k in outcome.before]  # fmt: skip
+    table = ["| held out | before | after |", "|---|---|---|", *rows, ""] if rows else []
+    speed = f"{outcome.audit.steps} optimizer steps, {outcome.seconds:.0f} s in this session."
+    return ["## Before and after", "", *table, speed, ""]
+
+
+def _coverage(audit: Audit, parameters: int) -> list[str]:
+    counts = audit.updates.values()
+    lines = [
+        "## Coverage",
+        "",
+        f"{parameters - audit.waiting:,} of {parameters:,} trainable elements were trained, in "
+        f"{audit.cycles} whole cycles; each slice took {min(counts)} to {max(counts)} updates.",
+        "",
+    ]
+    if audit.without_gradient:
+        names = ", ".join(audit.without_gradient)
+        lines += [f"Not used by the forward pass, so without gradient: {names}.", ""]
+    return lines
+
+
+def _plot(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+    figure, axis = plt.subplots(figsize=(7, 4))
+    axis.plot([row["step"] for row in history], [row["loss"] for row in history])
+    axis.set_xlabel("optimizer step")
+    axis.set_ylabel("training loss")
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _where() -> str:
+    return f"GPU ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "process (CPU)"
+
+
+def _versions() -> list[str]:
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    found["commit"] = _commit()
+    return [", ".join(f"{name} {value}" for name, value in found.items())]
+
+
+def _commit() -> str:
+    """The commit of the source tree the package runs from, if it runs from one."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

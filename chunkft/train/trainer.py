@@ -1,0 +1,209 @@
+"""Drive a TRL trainer with ChunkedOptimizer: build it from the trainer's own arguments, show the
+run, keep its checkpoints whole, stop on signals.
+
+Class, keyword arguments and decay groups come from Trainer's own helpers, so `--optim`,
+`--optim_args` and `--weight_decay` mean what they mean there. Clipping moves into the optimizer:
+Trainer clips `model.parameters()`, which carry no gradient here.
+"""
+
+import math
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from chunkft.core.optimizer import ChunkedOptimizer
+from chunkft.core.store import GIB
+from chunkft.errors import ChunkFTError, InputError, UnsupportedError
+from chunkft.train import checkpoints
+from chunkft.train.config import ChunkArguments, Rotation, refuse_optimizer
+
+
+class NonFiniteLossError(ChunkFTError, RuntimeError):
+    """The loss is NaN or infinite; the last checkpoint is intact."""
+
+
+def planned_steps(trainer: Trainer) -> int:
+    """Optimizer steps that `trainer.train()` will take."""
+    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+
+
+def build_optimizer(
+    trainer: Trainer, settings: ChunkArguments, rotation: Rotation
+) -> ChunkedOptimizer:
+    """The optimizer that `trainer` would make, on chunks; clips in the trainer's place.
+
+    Raises:
+        InputError: an optimizer or engine that cannot be driven chunk by chunk.
+        UnsupportedError: several devices.
+    """
+    args, model = trainer.args, trainer.model
+    assert isinstance(model, torch.nn.Module)
+    refuse_optimizer(str(getattr(args.optim, "value", args.optim)), args.deepspeed)
+    if args.n_gpu > 1 or args.world_size > 1:
+        raise UnsupportedError(
+            f"{args.n_gpu} GPUs visible, {args.world_size} processes: chunks are not synchronised "
+            f"between devices yet; set CUDA_VISIBLE_DEVICES=0 and start one process"
+        )
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)  # pyright: ignore[reportArgumentType]
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise InputError(f"--optim {args.optim} is not a plain torch optimizer; use adamw_torch")
+    decayed = set(trainer.get_decay_parameter_names(model))
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in trainable if n in decayed], "weight_decay": args.weight_decay},
+        {"params": [p for n, p in trainable if n not in decayed], "weight_decay": 0.0},
+    ]
+    optimizer = ChunkedOptimizer(
+        model,
+        cls,
+        groups=groups,
+        chunks=rotation.chunks,
+        interval=rotation.interval,
+        layout=settings.layout,
+        order=settings.order,
+        moments=settings.moments,
+        store=settings.store,
+        max_grad_norm=args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None,
+        seed=args.seed,
+        **kwargs,
+    )
+    args.max_grad_norm = 0.0
+    trainer.optimizer = optimizer
+    return optimizer
+
+
+def peak_memory_gib() -> float:
+    """Peak of the device's allocations, or of the whole process on a CPU, in GiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts KiB
+
+
+class RunCallback(TrainerCallback):
+    """Progress bar, true gradient norm and rotation in every log, NaN stop."""
+
+    def __init__(self, optimizer: ChunkedOptimizer, tokens: Callable[[], float]):
+        self.optimizer, self.tokens = optimizer, tokens
+        self.bar: Any = None
+        self.step_seconds: list[float] = []
+        self._clock, self._counted = 0.0, 0.0
+        self.seconds = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step"
+        )
+        self._clock = self._begin = time.perf_counter()
+        self._counted = self.tokens()
+        self._stepped = self._clock
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+        now = time.perf_counter()
+        self.step_seconds.append(round(now - self._stepped, 4))
+        self._stepped = now
+
+    def extend(self, logs: dict[str, float]) -> None:
+        """Add what only we know to a training log, before anybody sees it."""
+        loss = logs.get("loss")
+        if loss is None:
+            return
+        now, tokens = time.perf_counter(), self.tokens()
+        schedule, done = self.optimizer.schedule, self.optimizer.steps
+        logs["grad_norm"] = self.optimizer.grad_norm or 0.0
+        logs["chunk"] = schedule.chunk(done - 1)
+        logs["cycle"] = schedule.cycle(done)
+        logs["tokens_per_second"] = round((tokens - self._counted) / (now - self._clock), 1)
+        logs["peak_gib"] = round(peak_memory_gib(), 3)
+        self._clock, self._counted = now, tokens
+        self.seconds = now - self._begin
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"loss is {loss} at step {done}: stopped, the last checkpoint is intact; lower "
+                f"--learning_rate or look at the data"
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix_str(
+                f"loss {logs['loss']:.4f} lr {logs['learning_rate']:.2e} "
+                f"norm {logs['grad_norm']:.3g} "
+                f"chunk {logs['chunk'] + 1:.0f}/{self.optimizer.schedule.chunks} "
+                f"cycle {logs['cycle']:.0f} "
+                f"{logs['tokens_per_second']:.0f} tok/s peak {logs['peak_gib']:.2f} GiB"
+            )
+        elif logs and any(key.startswith("eval_loss") for key in logs):
+            tqdm.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.bar.close()
+
+
+class CheckpointCallback(TrainerCallback):
+    """Seals each checkpoint when it is whole, deletes old ones after that, stops on signals."""
+
+    def __init__(self, run: Path, keep: int | None):
+        self.run, self.keep = run, keep
+        self.stopped_by: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        args.save_total_limit = (
+            None  # Trainer would delete the old one before the new one is sealed
+        )
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._stop)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.stopped_by = signal.Signals(number).name
+        # the second signal is not ours to catch
+        signal.signal(number, self._before[number])
+        tqdm.write(f"{self.stopped_by}: saving after this step")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        if self.stopped_by:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        checkpoints.seal(self.run / f"checkpoint-{state.global_step}")
+        checkpoints.rotate(self.run, self.keep, state.best_model_checkpoint)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+def watch(trainer: Trainer, run: RunCallback, saves: CheckpointCallback) -> None:
+    """Put the callbacks in, in the place of Trainer's own bar."""
+    for stock in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(stock)
+    trainer.add_callback(run)
+    trainer.add_callback(saves)

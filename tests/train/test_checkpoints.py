@@ -1,0 +1,96 @@
+"""A checkpoint is whole or it is named; nothing whole is lost."""
+
+import pytest
+
+from chunkft.errors import CheckpointError, InputError
+from chunkft.train import checkpoints
+
+
+def make(run, step, sealed=True):
+    folder = run / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights" * 1000)
+    (folder / "optimizer.pt").write_bytes(b"state" * 1000)
+    if sealed:
+        checkpoints.seal(folder)
+    return folder
+
+
+def test_the_newest_whole_checkpoint_is_used(tmp_path):
+    make(tmp_path, 9)
+    newest = make(tmp_path, 10)
+    assert checkpoints.to_resume("last", tmp_path) == (newest, [])
+
+
+def truncate(folder):
+    path = folder / "optimizer.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(b"W" + path.read_bytes()[1:])
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda f: (f / checkpoints.MANIFEST).unlink(), "no manifest"),
+        (lambda f: (f / checkpoints.MANIFEST).write_text("{"), "broken manifest"),
+        (lambda f: (f / "optimizer.pt").unlink(), "lost optimizer.pt"),
+        (truncate, "damaged optimizer.pt"),
+        (flip, "damaged model.safetensors"),
+    ],
+)
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_torn_checkpoint_is_named_and_the_one_before_used(tmp_path, damage, named, explicit):
+    whole, torn = make(tmp_path, 5), make(tmp_path, 10)
+    damage(torn)
+    found, told = checkpoints.to_resume(str(torn) if explicit else "true", tmp_path)
+    assert found == whole
+    assert len(told) == 1
+    assert "checkpoint-10" in told[0]
+    assert named in told[0]
+
+
+def test_an_explicit_checkpoint_is_not_overtaken_by_a_newer_one(tmp_path):
+    older = make(tmp_path, 5)
+    make(tmp_path, 10)
+    assert checkpoints.to_resume(str(older), tmp_path)[0] == older
+
+
+def test_nothing_whole_is_an_error_for_a_path_and_a_fresh_start_for_last(tmp_path):
+    torn = make(tmp_path, 5, sealed=False)
+    assert checkpoints.to_resume("last", tmp_path)[0] is None
+    with pytest.raises(CheckpointError, match="checkpoint-5"):
+        checkpoints.to_resume(str(torn), tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        checkpoints.to_resume(str(tmp_path / "nowhere"), tmp_path)
+
+
+def test_rotation_counts_whole_checkpoints_only(tmp_path):
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+    make(tmp_path, 4, sealed=False)
+    checkpoints.rotate(tmp_path, 2, best=None)
+    assert [p.name for p in checkpoints.checkpoints(tmp_path)] == [
+        "checkpoint-2",
+        "checkpoint-3",
+        "checkpoint-4",
+    ]
+    checkpoints.rotate(tmp_path, 1, best=str(tmp_path / "checkpoint-2"))
+    assert (tmp_path / "checkpoint-2").exists()
+
+
+def test_another_runs_directory_is_refused_untouched(tmp_path):
+    (tmp_path / "report.md").write_text("mine")
+    with pytest.raises(InputError, match="holds another run.*resume_from_checkpoint"):
+        checkpoints.prepare_output(tmp_path, resuming=False)
+    assert (tmp_path / "report.md").read_text() == "mine"
+    checkpoints.prepare_output(tmp_path, resuming=True)
+
+
+def test_an_unwritable_directory_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="name a directory you can write"):
+        checkpoints.prepare_output(tmp_path / "file" / "run", resuming=False)

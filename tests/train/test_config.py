@@ -1,0 +1,52 @@
+"""K, T and learning rate of runs that did not name them."""
+
+import pytest
+
+from chunkft.errors import InputError
+from chunkft.train.config import choose_learning_rate, choose_rotation, refuse_optimizer
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 17, 31, 32, 100, 1000, 10**6])
+def test_two_cycles_fit_wherever_they_can(steps):
+    rotation = choose_rotation(None, None, steps)
+    cycle = rotation.chunks * rotation.interval
+    assert cycle <= max(1, steps // 2)
+
+
+def test_given_values_stand():
+    assert choose_rotation(8, 5, 1000).chunks == 8
+    assert choose_rotation(8, 5, 1000).interval == 5
+    assert choose_rotation(64, None, 1280).interval == 10
+    assert choose_rotation(None, 10, 100).chunks == 5
+
+
+@pytest.mark.parametrize(
+    ("chunks", "interval", "steps", "message"),
+    [
+        (0, None, 100, "--chunks 0 must be at least 1"),
+        (None, 0, 100, "--interval 0 must be at least 1"),
+        (64, 20, 100, "92% of the parameters would never move; use at most 5 chunks"),
+        (101, None, 100, "never move"),
+        (8, 10, 100, "1.2 cycles into 100 steps.*--interval 6 or less"),
+    ],
+)
+def test_values_that_leave_weights_untouched_are_errors(chunks, interval, steps, message):
+    with pytest.raises(InputError, match=message):
+        choose_rotation(chunks, interval, steps)
+
+
+def test_the_learning_rate_grows_with_the_root_of_chunks():
+    assert choose_learning_rate(1) == pytest.approx(2e-5)
+    assert choose_learning_rate(16) == pytest.approx(8e-5)
+
+
+@pytest.mark.parametrize("optim", ["galore_adamw", "lomo", "adalomo", "apollo_adamw"])
+def test_optimizers_that_need_all_gradients_are_refused_by_name(optim):
+    with pytest.raises(InputError, match=optim):
+        refuse_optimizer(optim, None)
+
+
+def test_deepspeed_is_refused():
+    with pytest.raises(InputError, match="deepspeed"):
+        refuse_optimizer("adamw_torch", "config.json")
+    refuse_optimizer("adamw_torch", None)
