@@ -127,7 +127,7 @@ def parse_sft(words: Sequence[str]) -> Any:
         script, training, model, mixture, chunk = parser.parse_args_and_config(
             words, fail_with_unknown_args=True
         )
-    except (ValueError, OSError, TypeError) as e:
+    except (argparse.ArgumentError, ValueError, OSError, TypeError) as e:
         raise InputError(f"chunkft sft: {e}") from e
     job = Job(script, training, model, mixture, chunk)
     job.given = _given(words)

@@ -1,0 +1,88 @@
+"""Stopped by a signal or killed outright: the resumed run ends with the uninterrupted run's bits."""
+
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from chunkft.cli import main
+from chunkft.train.trainer import CheckpointCallback
+
+KILLS = 10
+
+
+def command(model, data, out, steps, *more):
+    words = ["sft", "--model_name_or_path", str(model), "--dataset_name", str(data)]
+    words += ["--output_dir", str(out), "--max_steps", str(steps), "--chunks", "3"]
+    words += ["--interval", "2", "--order", "shuffled", "--per_device_train_batch_size", "2"]
+    return [*words, "--disable_tqdm", "true", *more]
+
+
+def same(a, b):
+    a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_prints_the_line_that_resumes(
+    tiny_model, records, tmp_path, capsys, monkeypatch, number
+):
+    steps, stop = 14, 7
+    words = command(tiny_model, records, tmp_path / "stopped", steps)
+    with monkeypatch.context() as patch:
+        stock = CheckpointCallback.on_step_end
+
+        def interrupted(self, args, state, control, **more):
+            if state.global_step == stop:
+                os.kill(os.getpid(), number)
+            return stock(self, args, state, control, **more)
+
+        patch.setattr(CheckpointCallback, "on_step_end", interrupted)
+        before = signal.getsignal(number)
+        assert main(words) == 128 + number
+        assert signal.getsignal(number) is before
+    out = capsys.readouterr().out
+    line = re.search(r"^  (chunkft sft .*)$", out, re.M)
+    assert line is not None
+    assert (tmp_path / "stopped" / f"checkpoint-{stop}" / "chunkft_manifest.json").exists()
+    assert main(shlex.split(line[1])[1:]) == 0
+    assert main(command(tiny_model, records, tmp_path / "whole", steps)) == 0
+    assert same(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_kill_9_at_ten_random_moments(tiny_model, records, tmp_path):
+    steps, chance = 240, random.Random(0)
+    whole = command(tiny_model, records, tmp_path / "whole", steps, "--save_steps", "5")
+    assert main(whole) == 0
+    words = command(tiny_model, records, tmp_path / "killed", steps)
+    words += ["--save_steps", "5", "--save_total_limit", "2", "--resume_from_checkpoint", "last"]
+    progress = []
+    for _ in range(KILLS):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "chunkft", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "trainable parameters" in line:  # training is about to begin
+                break
+        time.sleep(chance.uniform(0.0, 3.0))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+        folders = (tmp_path / "killed").glob("checkpoint-*")
+        progress.append(max((int(f.name.split("-")[1]) for f in folders), default=0))
+    assert progress[-1] > progress[0], progress
+    assert main(words) == 0
+    assert same(tmp_path / "killed", tmp_path / "whole")

@@ -1,0 +1,176 @@
+"""`chunkft sft`, called as a user calls it, on a model of a few thousand parameters."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from chunkft.cli import main
+
+STEPS = 8
+
+
+@pytest.fixture
+def sft(tiny_model, records, tmp_path, capsys):
+    """Run the command; returns (exit code, stdout, stderr, output directory)."""
+
+    def call(*more, out="run", data=records, model=tiny_model):
+        folder = tmp_path / out
+        words = ["sft", "--model_name_or_path", str(model), "--output_dir", str(folder)]
+        words += ["--dataset_name", str(data), "--max_steps", str(STEPS)]
+        words += ["--per_device_train_batch_size", "4", "--logging_steps", "1", *map(str, more)]
+        words += ["--disable_tqdm", "true"]
+        code = main(words)
+        told = capsys.readouterr()
+        return code, told.out, told.err, folder
+
+    return call
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+
+
+def same(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_trains_everything_and_says_so(sft, tiny_model):
+    code, out, _, folder = sft("--chunks", 4, "--interval", 1, "--learning_rate", 1e-2)
+    assert code == 0, out
+    assert not same(folder, tiny_model)
+    found = json.loads((folder / "metrics.json").read_text())
+    assert found["after"] != found["before"]
+    assert all(math.isfinite(value) for value in found["after"].values())
+    last = found["history"][-1]
+    assert last["grad_norm"] > 0
+    assert last["cycle"] == 2
+    assert {row["chunk"] for row in found["history"]} == {0, 1, 2, 3}
+    text = (folder / "report.md").read_text()
+    count = f"{found['parameters']:,}"
+    assert f"{count} of {count} trainable elements were trained" in text
+    assert (folder / "loss.png").stat().st_size > 1000
+    before, after = weights(tiny_model), weights(folder)
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_every_element_moves_in_full_and_chunk(sft):
+    assert sft("--method", "full", out="full")[0] == 0
+    assert sft("--chunks", 4, "--layout", "stream", out="stream")[0] == 0
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+def test_resume_is_the_uninterrupted_run_to_the_bit(sft, stop):
+    common = ["--chunks", 2, "--interval", 2, "--save_steps", 1, "--max_grad_norm", 0.1]
+    _, _, _, whole = sft(*common, out="whole")
+    _, _, _, torn = sft(*common, out="torn")
+    for step in range(stop + 1, STEPS + 1):
+        (torn / f"checkpoint-{step}" / "chunkft_manifest.json").unlink()
+    code, out, _, _ = sft(*common, "--resume_from_checkpoint", out="torn")
+    assert code == 0
+    assert f"checkpoint-{stop}" in out
+    assert f"checkpoint-{STEPS} was never finished" in out
+    assert same(whole, torn)
+
+
+def test_yaml_config_and_trl_flags(sft, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("chunks: 2\nlayout: stream\nlearning_rate: 0.001\nlr_scheduler_type: cosine\n")
+    code, out, _, folder = sft("--config", config, "--optim", "sgd", "--weight_decay", 0.1)
+    assert code == 0
+    assert "in 2 chunks" in out
+    assert "(stream)" in out
+    text = (folder / "report.md").read_text()
+    assert "| optim | sgd |" in text
+    assert "| learning_rate | 0.001 |" in text
+
+
+def test_packing_and_tensorboard(sft):
+    code, _, _, folder = sft(
+        "--packing", "--max_length", 96, "--report_to", "tensorboard", "--chunks", 2
+    )
+    assert code == 0
+    assert list(folder.rglob("events.out.tfevents*"))
+
+
+def test_reasoning_gym_is_scored_before_and_after(sft):
+    code, out, _, folder = sft(
+        "--score_samples", 3, "--train_samples", 40,
+        data="reasoning-gym:spell_backward?min_word_len=3&max_word_len=5",
+    )  # fmt: skip
+    assert code == 0
+    assert "exact-match accuracy" in out
+    assert len(json.loads((folder / "metrics.json").read_text())["samples"]) == 3
+
+
+BAD = {
+    "no data": (["--dataset_name", "nowhere.jsonl"], "nowhere.jsonl"),
+    "chunks 0": (["--chunks", "0"], "--chunks 0 must be at least 1"),
+    "interval 0": (["--interval", "0"], "--interval 0 must be at least 1"),
+    "chunks over steps": (["--chunks", "64", "--interval", "20"], "never move"),
+    "chunks over rows": (["--chunks", "99999", "--max_steps", "200000"], "rows"),
+    "unknown model": (["--model_name_or_path", "./no-such-model"], "no-such-model"),
+    "peft": (["--use_peft"], "--use_peft"),
+    "galore": (["--optim", "galore_adamw"], "galore"),
+    "lomo": (["--optim", "lomo"], "lomo"),
+    "apollo": (["--optim", "apollo_adamw"], "apollo"),
+    "wrapped": (["--packing", "--packing_strategy", "wrapped"], "bfd"),
+    "too long": (["--max_length", "4"], "longer than max_length 4"),
+    "unknown flag": (["--chunkz", "3"], "chunkz"),
+    "bad value": (["--layout", "diagonal"], "diagonal"),
+    "bad store": (["--store", "/dev/null/x"], "/dev/null/x"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(sft, case):
+    more, named = BAD[case]
+    code, _, err, _ = sft(*more)
+    assert code == 2
+    assert named in err
+    lines = [x for x in err.splitlines() if x.startswith("chunkft: error:")]
+    assert len(lines) == 1
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "empty"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "comp\n', "line 2"),
+        ('{"question": "a", "answer": "b"}\n', "question"),
+    ],
+)
+def test_broken_records_are_named(sft, tmp_path, text, named):
+    path = tmp_path / "broken.jsonl"
+    path.write_text(text)
+    code, _, err, _ = sft(data=path)
+    assert code == 2
+    assert named in err
+
+
+def test_another_runs_directory_is_left_alone(sft, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.safetensors").write_text("precious")
+    code, _, err, _ = sft()
+    assert code == 2
+    assert "holds another run" in err
+    assert (tmp_path / "run" / "model.safetensors").read_text() == "precious"
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(sft):
+    code, _, err, folder = sft(
+        "--learning_rate", 1e38, "--save_steps", 1, "--max_grad_norm", 0, "--chunks", 2,
+        "--optim", "sgd", "--lr_scheduler_type", "constant", "--dtype", "float32",
+    )  # fmt: skip
+    assert code == 2
+    assert "nan" in err.lower() or "inf" in err.lower()
+    from chunkft.train.checkpoints import last_whole
+
+    found, torn = last_whole(folder)
+    assert found is not None
+    assert torn == []
+    assert all(torch.isfinite(w).all() for w in weights(found).values())
