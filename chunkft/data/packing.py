@@ -206,9 +206,6 @@ def _diagnosis(model: nn.Module, probe: Probe, length: int) -> str:
         "position_ids that restart at 0": lambda b: b | {"position_ids": _restarting(b, length)},
     }
     needed = [why for why, repair in repairs.items() if _differs(repair, probe.here)]
-    for why in needed:
-        if _repaired(model, probe, length, [repairs[why]]):
-            return prefix + why
     if needed and _repaired(model, probe, length, [repairs[why] for why in needed]):
         return prefix + "; ".join(needed)
     return prefix + _fault_of_the_model(model, probe, length)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chunkft.errors import InputError
 from chunkft.models.tokens import choose_pad_token
@@ -96,6 +96,8 @@ def _write(file: Path, dtype: torch.dtype, folder: Path) -> None:
 
 def _convert(file: Path, dtype: torch.dtype, folder: Path) -> None:
     """Weights, config and tokenizer of `file` into `folder`."""
+    from transformers import GgufConfig  # newer than the rest of what we need of transformers
+
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)

@@ -111,7 +111,7 @@ def run(job: Job) -> int:
         trust_remote_code=args.trust_remote_code,
         cache_dir=Path(job.chunk.cache_dir).expanduser(),
     )
-    _check_lengths(data.train, tokenizer, args.max_length, args.packing_strategy)
+    _check_lengths(data.train, tokenizer, args)
     trainer = _build_trainer(job, data, model, tokenizer)
     optimizer = _build_chunks(job, trainer)
     saves = CheckpointCallback(out, args.save_total_limit)
@@ -188,14 +188,17 @@ def _load_data(job: Job) -> Data:
         if held_out.dropped:
             print(f"{held_out.dropped} held-out items that occur in training were dropped")
         return Data(train, held_out.records, task)
-    train = load_records(source, split=script.dataset_train_split)
+    more: dict[str, Any] = {"text_field": job.training.dataset_text_field}
+    if script.dataset_config:
+        more["config"] = {"name": script.dataset_config}
+    train = load_records(source, split=script.dataset_train_split, **more)
     held_out = None
     if str(getattr(job.training.eval_strategy, "value", job.training.eval_strategy)) != "no":
-        held_out = load_records(source, split=script.dataset_test_split)
+        held_out = load_records(source, split=script.dataset_test_split, **more)
     return Data(train, held_out)
 
 
-def _check_lengths(records: Any, tokenizer: Any, max_length: int | None, strategy: str) -> None:
+def _check_lengths(records: Any, tokenizer: Any, args: SFTConfig) -> None:
     """Say what max_length cuts off; on a sample first, on all if all of it is too long."""
 
     def tokens(record: dict[str, Any]) -> dict[str, list[int]]:
@@ -203,14 +206,16 @@ def _check_lengths(records: Any, tokenizer: Any, max_length: int | None, strateg
         if isinstance(turns, list):
             turns = turns + (record.get("completion") or [])
             return {"input_ids": tokenizer.apply_chat_template(turns, return_dict=False)}
-        text = record.get("text") or record["prompt"] + record["completion"]
+        field = args.dataset_text_field
+        text = record[field] if field in record else record["prompt"] + record["completion"]
         return {"input_ids": tokenizer(text)["input_ids"]}
 
-    truncation = "split" if strategy == "bfd_split" else "keep_start"
+    split = args.packing and args.packing_strategy == "bfd_split"
+    truncation = "split" if split else "keep_start"
     for count in (min(1000, len(records)), len(records)):
         sample = records.select(range(count)).map(tokens, desc="measuring lengths")
         try:
-            check_lengths(sample, max_length, truncation=truncation)
+            check_lengths(sample, args.max_length, truncation=truncation)
             return
         except InputError:
             if count == len(records):

@@ -14,7 +14,7 @@ import gguf as writer
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from chunkft.errors import InputError
 from chunkft.models import gguf, load_model, resolve_model
@@ -44,7 +44,7 @@ def tensors() -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def tiny_gguf(tmp_path: Path) -> Path:
-    """A llama of one layer as llama.cpp would write it; it pads with eos, as SmolLM2's file does."""
+    """A llama of one layer as llama.cpp writes it; it pads with eos, as SmolLM2's file does."""
     path = tmp_path / "models" / "tiny.gguf"
     path.parent.mkdir()
     file = writer.GGUFWriter(str(path), "llama")
@@ -100,6 +100,10 @@ def checkpoint(folder: Path, **config: Any) -> Path:
     return folder
 
 
+def loaded(name: Any, **settings: Any) -> tuple[Any, Any]:
+    return load_model(str(name), **settings)
+
+
 def refused(name: Any, match: str, **settings: Any) -> None:
     with pytest.raises(InputError, match=match) as caught:
         load_model(str(name), local_files_only=True, **settings)
@@ -107,7 +111,7 @@ def refused(name: Any, match: str, **settings: Any) -> None:
 
 
 def test_a_gguf_file_becomes_an_ordinary_model(tiny_gguf: Path, cache: Path) -> None:
-    model, tokenizer = load_model(str(tiny_gguf), dtype="float32", cache_dir=cache)
+    model, tokenizer = loaded(tiny_gguf, dtype="float32", cache_dir=cache)
     expected = tensors()
     rows = model.get_input_embeddings().weight.detach().numpy()
     np.testing.assert_array_equal(rows, expected["token_embd.weight"])
@@ -125,7 +129,7 @@ def test_a_gguf_file_becomes_an_ordinary_model(tiny_gguf: Path, cache: Path) -> 
 
 
 def test_a_converted_model_can_be_saved_again(tiny_gguf: Path, cache: Path, tmp_path: Path) -> None:
-    model, _ = load_model(str(tiny_gguf), cache_dir=cache)
+    model, _ = loaded(tiny_gguf, cache_dir=cache)
     assert model.dtype == torch.bfloat16
     model.save_pretrained(tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -134,18 +138,23 @@ def test_a_converted_model_can_be_saved_again(tiny_gguf: Path, cache: Path, tmp_
 
 
 def test_pad_is_not_eos(tiny_gguf: Path, cache: Path) -> None:
-    model, tokenizer = load_model(str(tiny_gguf), cache_dir=cache)
+    model, tokenizer = loaded(tiny_gguf, cache_dir=cache)
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|endoftext|>", "<|im_end|>")
     assert model.config.pad_token_id == model.generation_config.pad_token_id == 0
     assert model.generation_config.eos_token_id == 2
+    # and in the folder itself, for whoever loads it without us
+    folder = resolve_model(str(tiny_gguf), cache_dir=cache)
+    assert AutoTokenizer.from_pretrained(folder).pad_token == "<|endoftext|>"
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    assert stock.config.pad_token_id == stock.generation_config.pad_token_id == 0
 
 
 def test_the_second_load_converts_nothing(
     tiny_gguf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load_model(str(tiny_gguf), cache_dir=cache)
+    loaded(tiny_gguf, cache_dir=cache)
     monkeypatch.setattr(gguf, "_convert", None)
-    load_model(str(tiny_gguf), cache_dir=cache)
+    loaded(tiny_gguf, cache_dir=cache)
     assert len(folders(cache)) == 1
 
 
@@ -182,7 +191,7 @@ def test_a_kill_in_the_middle_leaves_no_half_model(
     assert child.exitcode == -signal.SIGKILL
     (rubbish,) = folders(cache)
     assert rubbish.startswith(".")
-    load_model(str(tiny_gguf), cache_dir=cache)
+    loaded(tiny_gguf, cache_dir=cache)
     (only,) = folders(cache)
     assert not only.startswith(".")
 
@@ -196,7 +205,7 @@ def test_a_failed_conversion_leaves_nothing(
 
     monkeypatch.setattr(gguf, "_convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        load_model(str(tiny_gguf), cache_dir=cache)
+        loaded(tiny_gguf, cache_dir=cache)
     assert folders(cache) == []
 
 
@@ -238,7 +247,7 @@ def test_the_embedded_model_is_found_without_importing_its_package(
     (package / "__init__.py").write_text("raise ImportError('no llama_cpp here')")
     shutil.copy(tiny_gguf, package / "model.gguf")
     monkeypatch.syspath_prepend(package.parent)
-    model, _ = load_model("smollm2-135m", cache_dir=cache)
+    model, _ = loaded("smollm2-135m", cache_dir=cache)
     assert model.config.hidden_size == WIDTH
 
 
@@ -250,18 +259,26 @@ def test_the_embedded_model_is_missing(monkeypatch: pytest.MonkeyPatch, cache: P
 def test_a_checkpoint_keeps_its_own_pad(tmp_path: Path) -> None:
     special = {"eos_token": "<|im_end|>", "pad_token": "a"}
     folder = checkpoint(tmp_path / "llama", special=special, pad_token_id=3)
-    model, tokenizer = load_model(str(folder), attn_implementation="eager")
+    model, tokenizer = loaded(folder, attn_implementation="eager")
     assert tokenizer.pad_token == "a"
     assert model.config.pad_token_id == 3
     assert model.config._attn_implementation == "eager"
     assert model.dtype == torch.bfloat16
-    assert load_model(str(folder), dtype="auto")[0].dtype == torch.float32
+    assert loaded(folder, dtype="auto")[0].dtype == torch.float32
+
+
+def test_a_checkpoint_without_a_pad_gets_one(tmp_path: Path) -> None:
+    special = {"eos_token": "<|im_end|>", "unk_token": "a"}
+    model, tokenizer = loaded(checkpoint(tmp_path / "llama", special=special))
+    assert tokenizer.pad_token == "a"
+    assert model.generation_config.pad_token_id == 3
+    assert model.num_parameters() == loaded(tmp_path / "llama")[0].num_parameters()
 
 
 def test_eos_gets_its_gradient_even_where_it_must_pad(tmp_path: Path) -> None:
     """nn.Embedding(padding_idx=eos) would give the row of eos none."""
     folder = checkpoint(tmp_path / "llama", special={"eos_token": "<|im_end|>"}, pad_token_id=2)
-    model, tokenizer = load_model(str(folder), dtype="float32")
+    model, tokenizer = loaded(folder, dtype="float32")
     assert tokenizer.pad_token == "<|im_end|>"
     assert model.generation_config.pad_token_id == 2
     model(input_ids=torch.tensor([[2, 3, 4]])).logits.square().sum().backward()
@@ -273,6 +290,8 @@ def test_eos_gets_its_gradient_even_where_it_must_pad(tmp_path: Path) -> None:
 def test_unknown_models(tmp_path: Path) -> None:
     for name in ("no/such-model", "nope.gguf", "/nowhere/at/all", "~/nope", "two words"):
         refused(name, f"unknown model '{name}': tried as smollm2-135m, .gguf file, folder and hub")
+    with pytest.raises(InputError, match="unknown model 'two words'"):
+        resolve_model("two words")
     refused("smollm-135m", r"check the spelling, or give a local path or smollm2-135m$")
 
 
@@ -300,7 +319,7 @@ def test_a_cache_that_cannot_be_written(tiny_gguf: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_smollm2_speaks(tmp_path: Path) -> None:
-    model, tokenizer = load_model("smollm2-135m", cache_dir=tmp_path)
+    model, tokenizer = loaded("smollm2-135m", cache_dir=tmp_path)
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert model.dtype == torch.bfloat16
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|endoftext|>", "<|im_end|>")

@@ -1,4 +1,4 @@
-"""Stopped by a signal or killed outright: the resumed run ends with the uninterrupted run's bits."""
+"""Stopped by a signal or killed: the resumed run ends with the uninterrupted run's bits."""
 
 import os
 import random

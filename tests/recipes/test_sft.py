@@ -78,7 +78,9 @@ def test_resume_is_the_uninterrupted_run_to_the_bit(sft, stop):
 
 def test_yaml_config_and_trl_flags(sft, tmp_path):
     config = tmp_path / "run.yaml"
-    config.write_text("chunks: 2\nlayout: stream\nlearning_rate: 0.001\nlr_scheduler_type: cosine\n")
+    config.write_text(
+        "chunks: 2\nlayout: stream\nlearning_rate: 0.001\nlr_scheduler_type: cosine\n"
+    )
     code, out, _, folder = sft("--config", config, "--optim", "sgd", "--weight_decay", 0.1)
     assert code == 0
     assert "in 2 chunks" in out

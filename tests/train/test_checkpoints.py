@@ -84,7 +84,7 @@ def test_rotation_counts_whole_checkpoints_only(tmp_path):
 
 def test_another_runs_directory_is_refused_untouched(tmp_path):
     (tmp_path / "report.md").write_text("mine")
-    with pytest.raises(InputError, match="holds another run.*resume_from_checkpoint"):
+    with pytest.raises(InputError, match=r"holds another run.*resume_from_checkpoint"):
         checkpoints.prepare_output(tmp_path, resuming=False)
     assert (tmp_path / "report.md").read_text() == "mine"
     checkpoints.prepare_output(tmp_path, resuming=True)
