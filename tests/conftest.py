@@ -4,11 +4,15 @@
 labels. Everything else here is a line or two that several files need.
 """
 
+from math import prod
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from chunkft.core.partition import Tensor as Shape
 
 ROOM = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
 DECODER = ROOM | {"vocab_size": 96, "intermediate_size": 48, "num_key_value_heads": 2}
@@ -90,6 +94,45 @@ def assert_close(actual: Tensor, expected: Tensor, relative: float) -> None:
     scale = expected.detach().abs().max().clamp_min(1e-30)
     error = float((actual - expected).detach().abs().max() / scale)
     assert error <= relative, f"off by {error:.2e} of the largest value, {relative:.0e} allowed"
+
+
+def llama_tensors(
+    layers: int, hidden: int, key_value: int, inner: int, vocabulary: int
+) -> list[Shape]:
+    """The tensors of a Llama, at 14 bytes of training cost an element."""
+    layer = {
+        "q": (hidden, hidden),
+        "k": (key_value, hidden),
+        "v": (key_value, hidden),
+        "o": (hidden, hidden),
+        "gate": (inner, hidden),
+        "up": (inner, hidden),
+        "down": (hidden, inner),
+        "norm1": (hidden,),
+        "norm2": (hidden,),
+    }
+    named = {"embed": (vocabulary, hidden)}
+    named |= {f"{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
+    named |= {"norm": (hidden,), "head": (vocabulary, hidden)}
+    return [Shape(name, shape, 14 * prod(shape)) for name, shape in named.items()]
+
+
+class Ops(TorchDispatchMode):
+    """What ran, and the most elements that any of it made anew."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.names: set[str] = set()
+        self.largest = 0
+        self.known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, value.numel())
+        return result
 
 
 @pytest.fixture(autouse=True)

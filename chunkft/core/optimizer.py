@@ -10,8 +10,9 @@ Device bytes: weights + (gradient + master + state) of one chunk, N/K elements.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,7 @@ from chunkft.core import groups as groups_
 from chunkft.core.partition import Partition, Slice, cut
 from chunkft.core.partition import Tensor as Shape
 from chunkft.core.schedule import Schedule
-from chunkft.core.store import Store, nbytes
+from chunkft.core.store import State, Store, nbytes
 from chunkft.core.working_set import Leaf, WorkingSet, refuse_parallel
 from chunkft.errors import InputError, NonFiniteGradientError, UnsupportedError
 
@@ -104,6 +105,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         self._steps = 0
         self._active: int | None = None
         self._masters: dict[Slice, Tensor] = {}
+        self._asleep: dict[Slice, dict[str, Tensor]] = {}  # masters as they rest, until needed
         self._versions: dict[str, int] = {}  # of the weights after our own last write
         self._book = {piece: coverage.Record() for chunk in self.partition for piece in chunk}
         self._warned: set[str] = set()
@@ -184,9 +186,12 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         stepped = self._load_gradients(scale)
         parameters = [self._parameter(leaf) for leaf in stepped]
         self._clip(parameters)
-        for inner, outer in zip(self._inner.param_groups, self.param_groups, strict=True):
+        pairs = list(zip(self._inner.param_groups, self.param_groups, strict=True))
+        for inner, outer in pairs:
             groups_.copy_settings(outer, inner)
         self._inner.step()
+        for inner, outer in pairs:  # where Prodigy, say, keeps its step size
+            groups_.copy_settings(inner, outer)
         self._measure(parameters)
         for leaf, parameter in zip(stepped, parameters, strict=True):
             if parameter is not leaf.tensor:
@@ -254,25 +259,24 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         """Make the leaf's master hold its value in fp32; True if it is new."""
         master = self._masters.get(leaf.piece)
         if master is None:
-            master = self._masters[leaf.piece] = leaf.tensor.detach().float()
-            if leaf.tensor in self._inner.state:  # its dtype was changed on the way
+            # woken only now: the weights may be loaded after our state
+            halves = self._asleep.pop(leaf.piece, None)
+            master = precision.wake(halves, leaf.tensor) if halves else leaf.tensor.detach().float()
+            self._masters[leaf.piece] = master
+            if leaf.tensor in self._inner.state:
                 self._inner.state[master] = self._inner.state.pop(leaf.tensor)
             return True
-        if self.master == "none" or self._foreign_write(leaf, master):
+        known = self._versions.get(leaf.piece.name) == leaf.tensor._version
+        if self.master == "none" or precision.overwritten(leaf.tensor, master, known):
             master.copy_(leaf.tensor)  # weights were loaded in place: they are the master now
         return False
 
-    def _foreign_write(self, leaf: Leaf, master: Tensor) -> bool:
-        known = self._versions.get(leaf.piece.name) == leaf.tensor._version
-        return precision.overwritten(leaf.tensor, master, known)
-
     def _measure(self, parameters: list[Tensor]) -> None:
         """Remember the largest working set, when a step has it whole."""
-        tensors = [t for p in parameters for t in self._inner.state[p].values()]
         now = {
             "gradient": nbytes(p.grad for p in parameters),
             "master": nbytes(self._masters.values()),
-            "state": nbytes(tensors),
+            "state": nbytes(x for p in parameters for x in self._inner.state.get(p, {}).values()),
         }
         if sum(now.values()) > sum(self._bytes.values()):
             self._bytes = now
@@ -294,10 +298,11 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             clip_grads_with_norm_(parameters, self.max_grad_norm * share, norm)
 
     def _advance(self) -> None:
+        if self.schedule.last_step_of_visit(self._steps):
+            self._warn_unused()
         self._steps += 1
         following = self.active
         if following != self._active:
-            self._warn_unused()
             self._retire()
             self._attach(following, new_visit=True)
         if self.schedule.last_step_of_visit(self._steps):
@@ -318,7 +323,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             leaf = self._working_set.leaves[piece]
             halves = {key: values.pop(key) for key in precision.KEYS if key in values}
             if halves and precision.is_16bit(leaf.tensor.dtype):
-                self._masters[piece] = precision.wake(halves, leaf.tensor)
+                self._asleep[piece] = halves
             if new_visit and self.moments == "reset":
                 continue
             if new_visit and self.moments == "decay":
@@ -326,28 +331,35 @@ class ChunkedOptimizer(torch.optim.Optimizer):
                 settings = self.param_groups[self._groups[piece.name]]
                 resume.decay_first_moment(values, settings, gap)
             if values:
-                self._inner.state[self._parameter(leaf)] = values
+                self._inner.state[leaf.tensor] = values
         self._note_versions()
         self._place()
 
     def _retire(self) -> None:
         """Move the active chunk's state to the store."""
-        state = {
+        state = self._active_state()
+        assert self._active is not None
+        self._forget()
+        if state:
+            self.store.put(str(self._active), state)
+
+    def _forget(self) -> None:
+        for held in (self._inner.state, self._masters, self._asleep):
+            held.clear()
+
+    def _active_state(self) -> State:
+        return {
             (piece, key): value
             for piece, leaf in self._working_set.leaves.items()
             for key, value in self._kept_of(leaf).items()
         }
-        assert self._active is not None
-        self._inner.state.clear()
-        self._masters.clear()
-        if state:
-            self.store.put(str(self._active), state)
 
     def _kept_of(self, leaf: Leaf) -> dict[str, Any]:
         values = dict(self._inner.state.get(self._parameter(leaf), {}))
+        values |= self._asleep.get(leaf.piece, {})
         master = self._masters.get(leaf.piece)
         if master is not None and self.master != "none":
-            if self._foreign_write(leaf, master):
+            if precision.overwritten(leaf.tensor, master, known=False):
                 master.copy_(leaf.tensor)
             values |= precision.rest(master, leaf.tensor)
         return values
@@ -412,7 +424,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             self._active = None
 
     @contextmanager
-    def detached(self) -> Iterator[nn.Module]:
+    def detached(self) -> Generator[nn.Module]:
         """The stock model, for a while; gradients collected so far are kept."""
         active, gradients = self._active, dict[Slice, Tensor]()
         for leaf, gradient in self._working_set.gradients():
@@ -434,11 +446,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         state: resume.SavedState = {}
         for k, chunk in enumerate(self.partition):
             if k == self._active:
-                kept = {
-                    (piece, key): value
-                    for piece, leaf in self._working_set.leaves.items()
-                    for key, value in self._kept_of(leaf).items()
-                }
+                kept = self._active_state()
             else:
                 kept = self.store.get(str(k), torch.device("cpu")) or {}
             resume.gather(state, chunk, self._book, kept)
@@ -468,19 +476,18 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         saved = resume.check(state_dict, self.partition.shapes, self._names_by_group())
         same_cut = (saved.schedule.chunks, saved.layout) == (self.schedule.chunks, self.layout)
         self.train()
+        if same_cut:
+            found = (saved.partition, *resume.restore(saved))
+        else:
+            found = resume.recut(saved, self.partition, self._weights)
         self._working_set.drop_gradients()
         self.store.clear()
-        self._inner.state.clear()
-        self._masters.clear()
-        if same_cut:
-            self.partition = saved.partition
-            self._book, states = resume.restore(saved)
-        else:
-            self.partition, self._book, states = resume.recut(saved, self.partition, self._weights)
-        now = self.schedule.__dict__ | {"start": saved.schedule.start}
-        start = saved.schedule.start if same_cut and saved.schedule.__dict__ == now else saved.steps
+        self._forget()
+        self.partition, self._book, states = found
+        same = same_cut and replace(self.schedule, start=saved.schedule.start) == saved.schedule
+        start = saved.schedule.start if same else saved.steps
         self._steps = saved.steps
-        self.schedule = Schedule(**(self.schedule.__dict__ | {"start": start}))
+        self.schedule = replace(self.schedule, start=start)
         for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
             groups_.copy_settings(loaded, group)
         for k, state in states.items():

@@ -26,6 +26,7 @@ CHECK = "master_check"
 KEYS = (LOW, INDEX, HIGH, WHOLE, CHECK)
 
 MASTERS = ("auto", "fp32", "none")
+SAMPLE = 4096  # elements
 
 
 def is_16bit(dtype: torch.dtype) -> bool:
@@ -53,12 +54,16 @@ def wake(kept: dict[str, Tensor], weight: Tensor) -> Tensor:
     if not torch.equal(kept[CHECK].cpu(), fingerprint(weight).cpu()):
         return weight.detach().float()
     if WHOLE in kept:
-        return kept[WHOLE].reshape(weight.shape)
+        return kept[WHOLE].to(weight.device).reshape(weight.shape)
     low = kept[LOW].to(weight.device)
     high = _guess(low, weight)
     high[kept[INDEX].to(weight.device)] = kept[HIGH].to(weight.device)
     bits = (high.to(torch.int32) << 16) | (low.to(torch.int32) & 0xFFFF)
-    return bits.view(torch.float32).reshape(weight.shape)
+    master = bits.view(torch.float32).reshape(weight.shape)
+    if weight.is_contiguous():
+        return master
+    # channels_last, say: a fused rule needs parameter, gradient and state to lie alike
+    return torch.empty_like(weight, dtype=torch.float32).copy_(master)
 
 
 def _guess(low: Tensor, weight: Tensor) -> Tensor:
@@ -70,14 +75,26 @@ def overwritten(weight: Tensor, master: Tensor, known: bool) -> bool:
     """Whether someone wrote to `weight` since `master` was rounded to it.
 
     In-place writes show in the version counter (`known` is False), and all elements are compared
-    then; writes through `.data` do not, so a sample of one element in 61 is compared always.
+    then; writes through `.data` do not, so always all of a small weight and `SAMPLE` or more of
+    a large one, at most 61 apart, are compared.
     """
-    sample = slice(None, None, 61 if known else 1)
-    mine, theirs = master.reshape(-1)[sample], weight.detach().reshape(-1)[sample]
+    every = min(61, max(1, weight.numel() // SAMPLE)) if known else 1
+    mine, theirs = master.reshape(-1)[::every], weight.detach().reshape(-1)[::every]
     return not torch.equal(mine.to(theirs.dtype), theirs)
 
 
 def fingerprint(weight: Tensor) -> Tensor:
-    """Two int64 sums over the weight's bits, all and every third: they tell a foreign write."""
+    """Two int64 sums over the weight's bits laid out as rows of 256: they tell a foreign write.
+
+    One weighs each element by its row, one by its column, so that no two changes, a swap say,
+    cancel in both.
+    """
     bits = weight.detach().contiguous().reshape(-1).view(torch.int16)
-    return torch.stack([bits.sum(dtype=torch.int64), bits[::3].sum(dtype=torch.int64)])
+    whole = bits.numel() // 256 * 256
+    rows, tail = bits[:whole].view(-1, 256), bits[whole:]
+    by_row = torch.cat([rows.sum(1, dtype=torch.int64), tail.sum(dtype=torch.int64).view(1)])
+    by_column = rows.sum(0, dtype=torch.int64)
+    by_column[: tail.numel()] += tail
+    sums = (by_row, by_column)
+    weighed = [x * torch.arange(1, x.numel() + 1, device=x.device) for x in sums]
+    return torch.stack([x.sum() for x in weighed])

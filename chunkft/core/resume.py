@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from chunkft.core import precision
 from chunkft.core.coverage import Book, Record
 from chunkft.core.partition import Chunk, Partition, Slice
 from chunkft.core.schedule import Schedule
-from chunkft.core.store import State
+from chunkft.core.store import State, mapped
 from chunkft.errors import ChunkFTError, InputError, StateError
 
 FORMAT = 1
 SavedState = dict[str, list[dict[str, Any]]]
-
-
 States = dict[int, State]
+Weights = Mapping[str, Tensor]
 
 
 class Saved(NamedTuple):
@@ -103,9 +103,7 @@ def restore(saved: Saved) -> tuple[Book, States]:
     return book, {k: state for k, state in states.items() if state}
 
 
-def recut(
-    saved: Saved, partition: Partition, weights: Mapping[str, Tensor]
-) -> tuple[Partition, Book, States]:
+def recut(saved: Saved, partition: Partition, weights: Weights) -> tuple[Partition, Book, States]:
     """The saved values cut for `partition`, which comes back with slices split where counts differ.
 
     Raises:
@@ -117,24 +115,32 @@ def recut(
         values = dict(saved.values.get(piece, {}))
         halves = {key: values.pop(key) for key in precision.KEYS if key in values}
         if halves:
-            rows = weights[piece.name].detach()[piece.start : piece.stop]
-            values[precision.WHOLE] = precision.wake(halves, rows)
+            values[precision.WHOLE] = precision.wake(halves, _weight(piece, weights))
         old[piece.name].append(_Part(piece, record, values))
 
     chunks: list[list[Slice]] = []
     book: Book = {}
     states: States = {}
     for k, chunk in enumerate(partition):
-        parts = [p for piece in chunk for p in _join(_cut(old[piece.name], piece))]
+        parts = [
+            part
+            for piece in chunk
+            for part in _join(_cut(old[piece.name], piece, weights), weights)
+        ]
         chunks.append([part.piece for part in parts])
         for piece, record, values in parts:
             book[piece] = record
             if precision.WHOLE in values:
-                rows = weights[piece.name].detach()[piece.start : piece.stop]
-                values.update(precision.rest(values.pop(precision.WHOLE), rows))
+                master = values.pop(precision.WHOLE)
+                values.update(precision.rest(master, _weight(piece, weights)))
             for key, value in values.items():
                 states.setdefault(k, {})[piece, key] = value
     return Partition(partition.shapes, chunks), book, states
+
+
+def _weight(piece: Slice, weights: Weights) -> Tensor:
+    weight = weights[piece.name].detach()
+    return weight[piece.start : piece.stop] if weight.dim() else weight
 
 
 class _Part(NamedTuple):
@@ -143,7 +149,7 @@ class _Part(NamedTuple):
     values: dict[str, Any]
 
 
-def _cut(parts: Iterable[_Part], wanted: Slice) -> list[_Part]:
+def _cut(parts: Iterable[_Part], wanted: Slice, weights: Weights) -> list[_Part]:
     found: list[_Part] = []
     for piece, record, values in parts:
         start, stop = max(piece.start, wanted.start), min(piece.stop, wanted.stop)
@@ -152,45 +158,48 @@ def _cut(parts: Iterable[_Part], wanted: Slice) -> list[_Part]:
             cut = (
                 values
                 if part == piece
-                else {key: _rows(piece, key, value, part) for key, value in values.items()}
+                else {k: _rows(piece, k, value, part, weights) for k, value in values.items()}
             )
             found.append(_Part(part, Record(**record.__dict__), cut))
     return found
 
 
-def _rows(piece: Slice, key: str, value: Any, part: Slice) -> Any:
+def _rows(piece: Slice, key: str, value: Any, part: Slice, weights: Weights) -> Any:
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
-    if value.shape[0] != piece.rows or key.startswith("absmax"):
-        raise StateError(
-            f"{piece.name}: state {key!r} of shape {tuple(value.shape)} is not elementwise, so "
-            f"rows [{piece.start}, {piece.stop}) cannot be cut; resume with the saved chunks"
-        )
+    _check_elementwise(piece, key, value, weights)
     return value[part.start - piece.start : part.stop - piece.start].clone()
 
 
-def _join(parts: list[_Part]) -> list[_Part]:
+def _check_elementwise(piece: Slice, key: str, value: Tensor, weights: Weights) -> None:
+    shape = (piece.rows, *weights[piece.name].shape[1:])
+    if value.shape != shape or is_traceable_wrapper_subclass(value):
+        raise StateError(
+            f"{piece.name}: state {key!r} of shape {tuple(value.shape)} is not elementwise, so "
+            f"rows [{piece.start}, {piece.stop}) cannot be cut or joined; resume with the saved "
+            f"chunks and layout"
+        )
+
+
+def _join(parts: list[_Part], weights: Weights) -> list[_Part]:
     joined: list[_Part] = []
     for part in parts:
-        if joined and (merged := _merge(joined[-1], part)):
+        if joined and (merged := _merge(joined[-1], part, weights)):
             joined[-1] = merged
         else:
             joined.append(part)
     return joined
 
 
-def _merge(a: _Part, b: _Part) -> _Part | None:
+def _merge(a: _Part, b: _Part, weights: Weights) -> _Part | None:
     if a.record.updates != b.record.updates or a.values.keys() != b.values.keys():
         return None
     values: dict[str, Any] = {}
     for key, left in a.values.items():
         right = b.values[key]
         if isinstance(left, Tensor) and left.dim() > 0:
-            if left.shape[0] != a.piece.rows or left.shape[1:] != right.shape[1:]:
-                raise StateError(
-                    f"{a.piece.name}: state {key!r} of shape {tuple(left.shape)} is not "
-                    f"elementwise, so slices cannot be joined; resume with the saved chunks"
-                )
+            for part, value in ((a, left), (b, right)):
+                _check_elementwise(part.piece, key, value, weights)
             values[key] = torch.cat([left, right])
         elif left != right:
             return None
@@ -202,12 +211,17 @@ def _merge(a: _Part, b: _Part) -> _Part | None:
     return _Part(Slice(a.piece.name, a.piece.start, b.piece.stop), record, values)
 
 
-def to_device(state: State, weights: Mapping[str, Tensor]) -> State:
+def to_device(state: State, weights: Weights) -> State:
     """A copy of `state` with its tensors beside their weights; scalars stay where they are."""
+
+    def copied(value: Any, device: torch.device) -> Any:
+        if isinstance(value, Tensor) and value.dim() == 0:
+            return value.clone()
+        # a subclass' own `to` may share what is inside
+        return mapped(value, lambda t: t.to(device, copy=True))
+
     return {
-        (piece, key): value.to(weights[piece.name].device, copy=True)
-        if isinstance(value, Tensor) and value.dim() > 0
-        else (value.clone() if isinstance(value, Tensor) else value)
+        (piece, key): copied(value, weights[piece.name].device)
         for (piece, key), value in state.items()
     }
 
@@ -234,8 +248,13 @@ def decay_first_moment(values: dict[str, Any], settings: Mapping[str, Any], gap:
         InputError: the state has none that we know.
     """
     for key in ("exp_avg", "absmax1", "state1", "momentum_buffer"):
-        if isinstance(values.get(key), Tensor):
-            values[key].mul_(first_moment_rate(settings) ** gap)
+        moment = values.get(key)
+        if isinstance(moment, Tensor):
+            rate = first_moment_rate(settings) ** gap
+            if is_traceable_wrapper_subclass(moment):  # torchao's 8 bits know copy_, not mul_
+                moment.copy_(moment.dequantize() * rate)
+            else:
+                moment.mul_(rate)
             return
     if values:
         raise InputError(

@@ -177,7 +177,8 @@ class SlicedForward:
             return type(module).forward(module, *args, **kwargs)
         (x,) = args
         weight = self.weight.detach()
-        if self.leaves[0].device != weight.device:
+        leaf = self.leaves[0]
+        if leaf.device != weight.device or leaf.dtype != weight.dtype:
             self._follow(weight)
         if self.rule == "embedding":
             return SlicedEmbedding.apply(x, weight, module.padding_idx, self.start, *self.leaves)
@@ -186,11 +187,11 @@ class SlicedForward:
         return function.apply(x, weight, bias, self.start, *self.leaves)
 
     def _follow(self, weight: Tensor) -> None:
-        """model.to(device) since the last step: gradients must find their leaf there."""
+        """model.to(...) since the last step: gradients must find their leaf there."""
         start = self.start
         for leaf in self.leaves:
             stop = start + leaf.shape[0]
-            leaf.data = weight[start:stop]
+            repoint(leaf, weight[start:stop])
             start = stop
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -199,6 +200,13 @@ class SlicedForward:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.module, "forward")
+
+
+def repoint(leaf: Tensor, storage: Tensor) -> None:
+    """Make `leaf` share `storage`, of whatever dtype and device; its gradient comes along."""
+    gradient, leaf.grad = leaf.grad, None
+    leaf.data = storage
+    leaf.grad = None if gradient is None else gradient.to(storage)
 
 
 def cast_for_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ switch (calc), once in T steps.
 A state is a flat dict of names to values; tensors among them move, other values stay here.
 """
 
+import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -80,8 +81,9 @@ class Store:
 
     def prefetch(self, key: str, device: torch.device) -> None:
         """Start bringing `key` to `device`, so that `get` finds it there."""
-        if key in self._slabs and device.type == "cuda":
-            self._slabs[key].fetch(device)
+        slab = self._slabs.get(key)
+        if slab is not None and slab.stream is not None and device.type == "cuda":
+            slab.fetch(device)
 
     def pop(self, key: str, device: torch.device) -> State | None:
         """`get`, and forget it where it does not lie in a slab that will be written again."""
@@ -109,7 +111,8 @@ class Store:
             return None
         size = sum(_aligned(t) for t in tensors)
         slab = self._slabs.get(key)
-        if slab is None or slab.size < size:
+        # a slab of the time before model.to("cuda") has no stream
+        if slab is None or slab.size < size or (cuda and slab.stream is None):
             if slab is not None:
                 slab.close()
             if cuda and self._stream is None:
@@ -131,6 +134,7 @@ class Slab:
             self.bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         else:
             path.unlink(missing_ok=True)
+            _reserve(path, size)
             self.bytes = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
         self._coming: dict[int, Tensor] | None = None
 
@@ -141,7 +145,7 @@ class Slab:
         def place(tensor: Tensor) -> Tensor:
             nonlocal offset
             count = tensor.numel() * tensor.element_size()
-            view = self.bytes[offset : offset + count].view(tensor.dtype).view(tensor.shape)
+            view = _shaped(self.bytes[offset : offset + count], tensor)
             offset += _aligned(tensor)
             self._copy(view, tensor)
             return view
@@ -149,7 +153,7 @@ class Slab:
         self._coming = None
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())
-        return {name: _map(value, place) for name, value in state.items()}
+        return {name: mapped(value, place) for name, value in state.items()}
 
     def fetch(self, device: torch.device) -> Tensor:
         """Start the copy of the whole slab to a CUDA `device`, on the side stream."""
@@ -162,8 +166,10 @@ class Slab:
     def read(self, state: State, device: torch.device) -> State:
         """`state` with its views of the slab replaced by tensors on `device`."""
         if device.type != "cuda" or self.stream is None:
+            if self.stream is not None:
+                self.stream.synchronize()  # the write may be under way
             return {
-                name: _map(value, lambda t: t.to(device, copy=True))
+                name: mapped(value, lambda t: t.to(device, copy=True))
                 for name, value in state.items()
             }
         arrived, self._coming = self.fetch(device), None
@@ -173,10 +179,9 @@ class Slab:
 
         def take(view: Tensor) -> Tensor:
             start = view.data_ptr() - base
-            flat = arrived[start : start + view.numel() * view.element_size()]
-            return flat.view(view.dtype).view(view.shape)
+            return _shaped(arrived[start : start + view.numel() * view.element_size()], view)
 
-        return {name: _map(value, take) for name, value in state.items()}
+        return {name: mapped(value, take) for name, value in state.items()}
 
     def close(self) -> None:
         if self.stream is not None:
@@ -195,11 +200,36 @@ class Slab:
         tensor.record_stream(self.stream)  # not reused before the copy has read it
 
 
+def _reserve(path: Path, size: int) -> None:
+    """Take the file's blocks now: a mapped page that finds the disk full kills the process.
+
+    Raises:
+        InputError: they are not to be had.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as e:
+        path.unlink(missing_ok=True)
+        raise InputError(
+            f"store={str(path.parents[1])!r}: {size / GIB:.2f} GiB for one chunk: {e.strerror}; "
+            f"name a directory with room for the state of all chunks"
+        ) from e
+
+
+def _shaped(raw: Tensor, like: Tensor) -> Tensor:
+    """The bytes `raw` as a tensor laid out as `like`: a fused rule walks all of them by address."""
+    strides = torch.empty_like(like, device="meta").stride()  # `like` may have gaps
+    return raw.view(like.dtype).as_strided(like.shape, strides)
+
+
 def _aligned(tensor: Tensor) -> int:
     return -(-tensor.numel() * tensor.element_size() // ALIGN) * ALIGN
 
 
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """`value` with `change` applied to its plain tensors, those inside subclasses too.
 
     Scalars, step counts above all, stay where the rule put them.
@@ -209,13 +239,13 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if not is_traceable_wrapper_subclass(value):
         return change(value)
     names, context = value.__tensor_flatten__()
-    inner = {name: _map(getattr(value, name), change) for name in names}
+    inner = {name: mapped(getattr(value, name), change) for name in names}
     return type(value).__tensor_unflatten__(inner, context, value.shape, value.stride())
 
 
 def _plain(value: Any) -> list[Tensor]:
     found: list[Tensor] = []
-    _map(value, lambda t: (found.append(t), t)[1])
+    mapped(value, lambda t: (found.append(t), t)[1])
     return found
 
 

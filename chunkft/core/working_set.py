@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from chunkft.core.partition import Chunk, Slice
-from chunkft.core.sliced_ops import SlicedForward, rule_of
+from chunkft.core.sliced_ops import SlicedForward, repoint, rule_of
 from chunkft.errors import (
     InputError,
     LostGradientError,
@@ -36,6 +36,8 @@ from chunkft.errors import (
 
 # transformers' hook that makes an embedding's output require grad
 REQUIRE_GRADS = "enable_input_require_grads.<locals>.make_inputs_require_grads"
+
+MARK = "_chunkft_attached"
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -81,13 +83,14 @@ class WorkingSet:
         self._handles: list[RemovableHandle] = []
         self._forwards: list[SlicedForward] = []
         self._owners: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
-        self._weights: dict[str, tuple[nn.Module, str]] = {}
+        self._places: list[tuple[str, nn.Module, str]] = []
+        self._shapes = {name: p.shape for name, p in self.parameters.items()}
         by_id = {id(p): name for name, p in self.parameters.items()}
         for module in model.modules():
             for attribute, parameter in module._parameters.items():
                 name = by_id.get(id(parameter))
                 if name is not None:
-                    self._weights.setdefault(name, (module, attribute))
+                    self._places.append((name, module, attribute))
                     if attribute == "weight" and (rule := rule_of(module)):
                         self._owners[name].append((module, rule))
 
@@ -103,6 +106,7 @@ class WorkingSet:
             parameter.requires_grad_(name in touched)
         for name, pieces in touched.items():
             self._attach_tensor(name, sorted(pieces))
+        self.model.__dict__[MARK] = _Thaw(list(self.parameters.values()))
         self.keep_truncation()
 
     def _attach_tensor(self, name: str, pieces: list[Slice]) -> None:
@@ -133,6 +137,7 @@ class WorkingSet:
             if forward.module.__dict__.get("forward") is forward:
                 del forward.module.__dict__["forward"]
         self._handles, self._forwards, self.leaves = [], [], {}
+        self.model.__dict__.pop(MARK, None)
         if restore:
             for parameter in self.parameters.values():
                 parameter.requires_grad_(True)
@@ -145,23 +150,30 @@ class WorkingSet:
         Raises:
             ReplacedParameterError: a Parameter object is no longer the one it was.
         """
+        self._check_parameters()
         moved: list[Leaf] = []
         for leaf in self.leaves.values():
-            weight = self.parameters[leaf.piece.name]
-            module, attribute = self._weights[leaf.piece.name]
-            if module._parameters.get(attribute) is not weight:
-                raise ReplacedParameterError(
-                    f"{leaf.piece.name} is another Parameter object than when the optimizer was "
-                    f"built; build ChunkedOptimizer after the model is changed"
-                )
-            now = leaf.view(weight)
+            now = leaf.view(self.parameters[leaf.piece.name])
             if leaf.home != (home := _home(now)):
                 leaf.home = home
-                gradient, leaf.tensor.grad = leaf.tensor.grad, None
-                leaf.tensor.data = now
-                leaf.tensor.grad = None if gradient is None else gradient.to(now)
+                repoint(leaf.tensor, now)
                 moved.append(leaf)
         return moved
+
+    def _check_parameters(self) -> None:
+        cure = "build ChunkedOptimizer after the model is changed"
+        present = {id(parameter) for parameter in self.model.parameters()}
+        for name, module, attribute in self._places:  # all places of a tied one
+            weight = self.parameters[name]
+            if module._parameters.get(attribute) is not weight or id(weight) not in present:
+                raise ReplacedParameterError(
+                    f"{name} is another Parameter object than when the optimizer was built; {cure}"
+                )
+            if weight.shape != self._shapes[name]:
+                raise ReplacedParameterError(
+                    f"{name} has shape {tuple(weight.shape)}, {tuple(self._shapes[name])} when the "
+                    f"optimizer was built; {cure}"
+                )
 
     def keep_truncation(self) -> None:
         """Undo what keeps backward from stopping, and refuse what loses gradients.
@@ -219,6 +231,21 @@ class WorkingSet:
                 )
 
 
+class _Thaw:
+    """Rides on an attached model, so that a copy or pickle of it is trainable as a whole again."""
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.parameters = parameters
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _thaw, (self.parameters,)
+
+
+def _thaw(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+
+
 def _home(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.device
 
@@ -231,7 +258,8 @@ class _Mover:
 
     def __call__(self, weight: Tensor) -> None:
         gradient, weight.grad = weight.grad, None
-        assert gradient is not None
+        if gradient is None:  # an input of a compiled graph that the sliced rule has served
+            return
         for leaf in self.leaves:
             rows = gradient
             if not leaf.whole:
@@ -239,7 +267,7 @@ class _Mover:
                 # cloned, so that the dense gradient can go
                 rows = rows[leaf.piece.start : leaf.piece.stop].clone()
             if rows.device != leaf.tensor.device or rows.dtype != leaf.tensor.dtype:
-                leaf.tensor.data = leaf.view(weight)  # model.to(...) since the last step
+                repoint(leaf.tensor, leaf.view(weight))  # model.to(...) since the last step
             if leaf.tensor.grad is None:
                 leaf.tensor.grad = rows
             else:

@@ -1,6 +1,7 @@
 """Chunk training against dense training, on eight families and on layers of every kind."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch.nn.utils import parametrizations
 
 from chunkft import ChunkedOptimizer, Slice
 from chunkft.core.partition import LAYOUTS
+from chunkft.core.working_set import WorkingSet
+from chunkft.errors import InputError
 from tests.conftest import NAMES, loss_of, tiny, weights
 
 STEP = 2**-6
@@ -38,7 +41,7 @@ class Increment(torch.optim.Optimizer):
 def test_one_chunk_is_dense_adamw_bit_for_bit(name: str, max_grad_norm: float | None) -> None:
     ours, batch = tiny(name)
     dense, _ = tiny(name)
-    settings = {"lr": 1e-2, "weight_decay": 0.1}
+    settings: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
     mine = ChunkedOptimizer(
         ours, torch.optim.AdamW, chunks=1, interval=2, max_grad_norm=max_grad_norm, **settings
     )
@@ -79,7 +82,7 @@ def rows(tensor: Tensor | None, piece: Slice) -> Tensor:
 
 
 def check_a_cycle(
-    ours: nn.Module, dense: nn.Module, batch: dict[str, Tensor], loss: Loss, **settings: object
+    ours: nn.Module, dense: nn.Module, batch: dict[str, Tensor], loss: Loss, **settings: Any
 ) -> None:
     """SGD with lr 1, so that a step is minus the gradient; compare each chunk with dense."""
     optimizer = ChunkedOptimizer(ours, torch.optim.SGD, lr=1.0, interval=1, **settings)
@@ -123,7 +126,7 @@ def test_every_chunk_has_the_rows_of_the_dense_gradient(name: str, layout: str) 
     check_a_cycle(ours, tiny(name)[0], batch, loss_of, chunks=7, layout=layout)
 
 
-def loss_that_reads_the_head(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def loss_that_reads_the_head(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """The head's weight by attribute, as TRL's chunked loss does, and by its forward as well."""
     hidden = model.base_model(batch["input_ids"]).last_hidden_state
     logits = F.linear(hidden, model.lm_head.weight) + 0.5 * model.lm_head(hidden)
@@ -240,3 +243,76 @@ def test_layers_that_take_the_hook(kind: type[nn.Module], layout: str) -> None:
     x = torch.randn(3, 5, 8)
     batch = {"x": x, "weight": torch.randn_like(dense(x).detach())}
     check_a_cycle(ours, dense, batch, squares, chunks=4, layout=layout)
+
+
+@pytest.mark.parametrize("active", [[(0, 2), (2, 5)], [(0, 2), (5, 6)], [(3, 4)], [(0, 6)]])
+def test_a_chunk_may_hold_several_slices_of_a_tensor(active: list[tuple[int, int]]) -> None:
+    """As after loading a state of another K; the sliced rule takes them where they adjoin."""
+    model, x = nn.Linear(4, 6), torch.randn(3, 4)
+    model(x).pow(2).sum().backward()
+    dense = model.weight.grad
+    working_set = WorkingSet(model)
+    working_set.attach(tuple(Slice("weight", *rows) for rows in active))
+    model(x).pow(2).sum().backward()
+    assert dense is not None and model.weight.grad is None and model.bias.grad is None
+    found = {leaf.piece: gradient for leaf, gradient in working_set.gradients()}
+    assert [(s.start, s.stop) for s in found] == active
+    for piece, gradient in found.items():
+        torch.testing.assert_close(gradient, rows(dense, piece))
+
+
+# -- what is attached, and what a second try finds -------------------------------------------------
+
+
+def stock(model: nn.Module) -> bool:
+    """Nothing of ours on it, everything trainable."""
+    return all(
+        p.requires_grad and not p._post_accumulate_grad_hooks for p in model.parameters()
+    ) and (not any("forward" in module.__dict__ for module in model.modules()))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"learning_rate": 1}, {"lr": -1.0}, {"lr": 1e-3, "chunks": 10**6}]
+)
+def test_a_constructor_that_fails_leaves_the_model_as_it_was(wrong: dict[str, Any]) -> None:
+    """Or a second try would find the first chunk trainable, and nothing else."""
+    model, _ = tiny("llama")
+    settings: dict[str, Any] = {"chunks": 3} | wrong
+    with pytest.raises((TypeError, ValueError)):
+        ChunkedOptimizer(model, torch.optim.AdamW, **settings)
+    assert stock(model)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_second_optimizer_is_refused_until_the_first_lets_go(chunks: int) -> None:
+    model, _ = tiny("llama")
+    first = ChunkedOptimizer(model, torch.optim.AdamW, chunks=chunks)
+    with pytest.raises(InputError, match=r"belongs to a ChunkedOptimizer already.*detach\(\)"):
+        ChunkedOptimizer(model, torch.optim.AdamW, chunks=3)
+    first.detach()
+    assert stock(model)
+    second = ChunkedOptimizer(model, torch.optim.AdamW, chunks=3)
+    assert second.partition.sizes() and sum(second.partition.sizes()) == 21664
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_empty_groups_stay(empty: int) -> None:
+    """Trainer makes a group for what decays and one for what does not, also if it has nothing."""
+    model, batch = tiny("llama")
+    params = list(model.parameters())
+    groups: list[dict[str, Any]] = [{"params": params[:5]}, {"params": params[5:], "lr": 0.5}]
+    groups.insert(empty, {"params": [], "weight_decay": 0.0})
+    optimizer = ChunkedOptimizer(
+        model, torch.optim.SGD, groups=groups, lr=0.1, chunks=3, interval=1
+    )
+    identities = [id(group) for group in optimizer.param_groups]
+    for _ in range(3):
+        loss_of(model, batch).backward()
+        optimizer.step()
+        assert [id(group) for group in optimizer.param_groups] == identities
+        assert optimizer.param_groups[empty]["params"] == []
+    state = optimizer.state_dict()
+    assert [len(group["params"]) for group in state["param_groups"]] == [
+        len(g["params"]) for g in groups
+    ]
+    optimizer.load_state_dict(state)

@@ -12,6 +12,7 @@ from torch import nn
 from chunkft import ChunkedOptimizer
 from chunkft.core.partition import LAYOUTS, WHOLE_BELOW, Partition, Slice, Tensor, cut
 from chunkft.errors import InputError, PartitionError
+from tests.conftest import llama_tensors
 
 shapes = st.lists(st.integers(1, 12), max_size=3).map(tuple)
 both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
@@ -139,26 +140,7 @@ def test_stream_cuts_at_the_rows_of_the_formula(rows_columns: list[tuple[int, in
             offset += tensor.cost
 
 
-def llama(layers: int, hidden: int, key_value: int, inner: int, vocabulary: int) -> list[Tensor]:
-    """The tensors of a Llama, at 14 bytes of training cost an element."""
-    layer = {
-        "q": (hidden, hidden),
-        "k": (key_value, hidden),
-        "v": (key_value, hidden),
-        "o": (hidden, hidden),
-        "gate": (inner, hidden),
-        "up": (inner, hidden),
-        "down": (hidden, inner),
-        "norm1": (hidden,),
-        "norm2": (hidden,),
-    }
-    named = {"embed": (vocabulary, hidden)}
-    named |= {f"{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
-    named |= {"norm": (hidden,), "head": (vocabulary, hidden)}
-    return [Tensor(name, shape, 14 * prod(shape)) for name, shape in named.items()]
-
-
-LLAMA2_7B = llama(32, 4096, 4096, 11008, 32000)
+LLAMA2_7B = llama_tensors(32, 4096, 4096, 11008, 32000)
 
 
 @both_layouts
@@ -181,6 +163,15 @@ def test_experts_are_cut_like_any_tensor() -> None:
     tensors = [Tensor("experts", (8, 64, 32), 8 * 64 * 32), Tensor("head", (64, 32), 64 * 32)]
     for layout in LAYOUTS:
         assert sum(s.name == "experts" for chunk in cut(tensors, 6, layout) for s in chunk) > 1
+
+
+@both_layouts
+@pytest.mark.parametrize("rows", [2, 14, 15])
+def test_a_matrix_is_cut_from_an_eighth_of_a_chunk_on(layout: str, rows: int) -> None:
+    """Two chunks of about 480 bytes: 60 is the border."""
+    tensors = [Tensor("half", (1,), 450), Tensor("w", (rows, 4), 4 * rows), Tensor("b", (1,), 450)]
+    pieces = [s for chunk in cut(tensors, 2, layout) for s in chunk if s.name == "w"]
+    assert len(pieces) == (2 if rows == 15 else 1)
 
 
 MATRIX = [Tensor("w", (6, 4), 24), Tensor("b", (6,), 6)]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from chunkft.core.sliced_ops import (
@@ -174,6 +175,27 @@ def test_embedding_slices_add_up_and_padding_gets_nothing(
     assert got.any(1).sum() == ROWS - (padding is not None)
 
 
+class Indices(TorchDispatchMode):
+    """Rows that the scatter-add is told to write, and how many it has."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.embedding_dense_backward:
+            self.rows, self.count, self.skipped = args[1], args[2], args[3]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("borders", CUTS, ids=str)
+def test_embedding_writes_inside_its_slice(borders: list[int]) -> None:
+    """On a CPU the kernel ignores rows outside; on CUDA it would write there."""
+    weight, ids = torch.randn(ROWS, OTHER), torch.arange(ROWS)
+    y = SlicedEmbedding.apply(ids, weight, None, borders[0], *leaves_of(weight, borders))
+    with Indices() as seen:
+        y.sum().backward()
+    mine = range(borders[0], borders[-1])
+    expected = [i - borders[0] if i in mine else len(mine) for i in range(ROWS)]
+    assert (seen.rows.tolist(), seen.count, seen.skipped) == (expected, len(mine) + 1, len(mine))
+
+
 @pytest.mark.parametrize(("dtype", "near"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 @pytest.mark.parametrize("op", [*FUNCTIONS, "embedding"])
 def test_sixteen_bit_rounds_as_stock_autograd_does(
@@ -211,7 +233,7 @@ class Renamed(nn.Linear):
 
 
 def wrapped() -> nn.Module:
-    module = nn.Linear(OTHER, ROWS)
+    module: Any = nn.Linear(OTHER, ROWS)
     old = module.forward
     module.forward = lambda x: 2 * old(x)
     return module

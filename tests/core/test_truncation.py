@@ -1,11 +1,11 @@
 """Backward stops below the lowest active layer: no graph, no kept activations, no recomputation."""
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from chunkft import ChunkedOptimizer
 from chunkft.errors import LostGradientError, UnsupportedError
-from tests.conftest import dense_gradients, loss_of, tiny
+from tests.conftest import assert_close, dense_gradients, loss_of, tiny
 
 LAYERS = 5
 
@@ -25,7 +25,7 @@ def llama() -> tuple[Any, dict[str, Tensor]]:
     return tiny("llama", num_hidden_layers=LAYERS)
 
 
-def stream(model: nn.Module, chunks: int = 9, **settings: Any) -> ChunkedOptimizer:
+def stream(model: nn.Module, chunks: int = 18, **settings: Any) -> ChunkedOptimizer:
     return ChunkedOptimizer(model, torch.optim.SGD, lr=0.1, chunks=chunks, interval=1, **settings)
 
 
@@ -82,8 +82,9 @@ def check(seen: Seen, first: int, recomputed: bool = False) -> None:
     assert seen.backwards == above
     expected = {i: 2 if recomputed and i in above else 1 for i in range(LAYERS)}
     assert dict(seen.forwards) == expected
+    # a checkpoint keeps a layer's input in a closure, where no hook of ours sees it
     kept = {i for i in range(LAYERS) if seen.bytes[i]}
-    assert kept == above
+    assert kept == (set() if recomputed else above)
 
 
 def test_the_watch_sees_dense_training() -> None:
@@ -91,7 +92,7 @@ def test_the_watch_sees_dense_training() -> None:
     with watching(model) as seen:
         loss_of(model, batch).backward()
     check(seen, 0)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     with watching(model) as seen:
         loss_of(model, batch).backward()
     assert set(seen.forwards.values()) == {2}
@@ -100,19 +101,19 @@ def test_the_watch_sees_dense_training() -> None:
 def test_stream_stops_below_the_lowest_active_layer() -> None:
     model, batch = llama()
     optimizer = stream(model)
-    stops, kept = [], []
+    stops, kept = [], dict[int, int]()
     for _ in optimizer.partition:
         stops.append(lowest(optimizer))
         with watching(model) as seen:
             loss = loss_of(model, batch)
-            kept.append(sum(seen.bytes.values()))
+            kept[stops[-1]] = max(sum(seen.bytes.values()), kept.get(stops[-1], 0))
             loss.backward()
         check(seen, stops[-1])
         optimizer.step()
-    assert set(stops) == set(range(LAYERS + 1))
-    # the logits and the loss stay; each layer below the active ones takes its share away
-    assert kept[-1] < kept[0] / 3
-    assert all(a >= b for a, b in zip(kept, kept[1:], strict=False))
+    # each layer below the active ones takes its share away; the logits stay
+    assert list(kept) == list(range(LAYERS + 1))
+    assert all(a > b for a, b in pairwise(kept.values()))
+    assert kept[LAYERS] < kept[0] / 3
 
 
 def test_spread_moves_every_layer_in_every_step() -> None:
@@ -140,10 +141,9 @@ def once(model: Any) -> None:
 
 
 def switch(model: Any) -> None:
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
 
 
-@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 @pytest.mark.parametrize("when", ["before", "after", "after and Trainer"])
 @pytest.mark.parametrize("trap", [once, twice, inner, switch])
 def test_inputs_that_require_grad_do_not_defeat_it(trap: Callable[[Any], None], when: str) -> None:
@@ -159,6 +159,7 @@ def test_inputs_that_require_grad_do_not_defeat_it(trap: Callable[[Any], None], 
         optimizer.step()
     else:
         optimizer.train()
+    assert not model.__dict__.get("_require_grads_hooks")
     for _ in range(len(optimizer.partition) - 1):
         with watching(model) as seen:
             loss_of(model, batch).backward()
@@ -169,7 +170,7 @@ def test_inputs_that_require_grad_do_not_defeat_it(trap: Callable[[Any], None], 
 def test_checkpointing_changes_no_gradient() -> None:
     (model, batch), (plain, _) = llama(), llama()
     optimizer, reference = stream(model), stream(plain)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     optimizer.train()
     for _ in optimizer.partition:
         for m, o in ((model, optimizer), (plain, reference)):
@@ -207,12 +208,12 @@ def test_under_trainer_with_checkpointing_on(tmp_path: Path) -> None:
         save_strategy="no",
         disable_tqdm=True,
     )
-    rows = [{key: value[i] for key, value in batch.items()} for i in range(4)]
+    rows: Any = [{key: value[i] for key, value in batch.items()} for i in range(4)]
     Trainer(
         model,
         arguments,
         train_dataset=rows * 2,
-        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)),
+        optimizers=(optimizer, None),
         callbacks=[Check()],
     ).train()
     assert optimizer.steps == len(stops) == len(optimizer.partition)
@@ -224,10 +225,9 @@ def test_under_trainer_with_checkpointing_on(tmp_path: Path) -> None:
 
 
 def reentrant(model: Any) -> None:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
 
 
-@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 def test_the_reentrant_switch_of_transformers_raises() -> None:
     model, _ = llama()
     optimizer = stream(model)
@@ -264,24 +264,31 @@ def test_plain_reentrant_checkpointing_raises_or_is_right(name: str, chunks: int
     """
     raised = 0
     for k in range(chunks):
-        model, batch = tiny(name)
+        model, batch = tiny(name, use_cache=False)
         dense = dense_gradients(model, batch)
-        optimizer = stream(model, chunks, order="cyclic" if k == 0 else "reversed")
+        optimizer = stream(model, chunks)
+        optimizer.load_state_dict(optimizer.state_dict() | {"steps": k})
         by_hand(model)
-        if k:
-            optimizer.load_state_dict(optimizer.state_dict() | {"steps": k - 1})
-        leaves = dict(
-            zip(optimizer.partition[optimizer.active], optimizer.param_groups[0]["params"])
-        )
         try:
             loss_of(model, batch).backward()
-            gradients = {piece: leaf.grad for piece, leaf in leaves.items()}
+            gradients = [leaf.grad for leaf in optimizer.param_groups[0]["params"]]
             optimizer.step()
-        except (LostGradientError, RuntimeError) as e:
-            assert "use_reentrant=False" in str(e) or "does not require grad" in str(e)
+        except RuntimeError as e:  # LostGradientError is one
+            assert isinstance(e, LostGradientError) or "does not require grad" in str(e)
             raised += 1
             continue
-        for piece, gradient in gradients.items():
-            expected = dense[piece.name][piece.start : piece.stop]
-            torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
-    assert raised == 0 if chunks == 1 else raised
+        for piece, gradient in zip(optimizer.partition[k], gradients, strict=True):
+            assert gradient is not None
+            assert_close(gradient, dense[piece.name][piece.start : piece.stop], 1e-5)
+    assert bool(raised) == (chunks > 1)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_what_the_hook_alone_serves_is_named_when_it_is_lost() -> None:
+    """Experts and norms have no forward of ours to notice it: the warning must say who."""
+    model, batch = tiny("moe", use_cache=False)
+    optimizer = stream(model, 3, order="reversed")
+    by_hand(model)
+    loss_of(model, batch).backward()
+    with pytest.warns(UserWarning, match=r"no gradient in a whole visit.*layers\.1\.mlp\.experts"):
+        optimizer.step()
