@@ -293,6 +293,23 @@ def convolved(store: str | Path, fused: bool) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["host", "disk"])
+def test_cuda_state_is_read_only_when_it_is_written(kind: str, tmp_path: Path) -> None:
+    """A checkpoint at a switch reads what the side stream is still copying."""
+    store, large = Store(place(kind, tmp_path)), torch.randn(2**26, device="cuda")
+    store.put("0", {"m": torch.zeros(2**26)})  # of the time before model.to("cuda")
+    for i in range(3):
+        store.put("0", {"m": large + i})
+        state = store.get("0", CPU)
+        assert state is not None
+        assert torch.equal(state["m"], (large + i).cpu())
+        store.prefetch("0", large.device)
+        state = store.get("0", large.device)
+        assert state is not None
+        assert torch.equal(state["m"], large + i)
+
+
 # -- tensor subclasses --------------------------------------------------------------------------
 
 

@@ -62,7 +62,7 @@ def test_a_copy_is_stock_and_independent(duplicate: Callable[[Any], Any], steps:
         forward = module.__dict__.get("forward")
         assert forward is None or forward.__self__ is module, name
     assert not any(getattr(p, "_post_accumulate_grad_hooks", None) for p in copied.parameters())
-    copied.requires_grad_(True)
+    assert all(p.requires_grad for p in copied.parameters())
     loss_of(copied).backward()
     assert all(leaf.grad is None for leaf in leaves(optimizer))
     copied.zero_grad()
@@ -74,7 +74,7 @@ def test_a_copy_is_stock_and_independent(duplicate: Callable[[Any], Any], steps:
 @pytest.mark.parametrize("duplicate", COPIES)
 def test_a_copy_can_be_trained_by_slices(duplicate: Callable[[Any], Any]) -> None:
     model, optimizer = build()
-    copied = duplicate(duplicate(model)).requires_grad_(True)
+    copied = duplicate(duplicate(model))
     second = ChunkedOptimizer(copied, optim.AdamW, lr=1e-2, chunks=3, interval=2)
     with patch.object(SlicedLinear, "apply", wraps=SlicedLinear.apply) as sliced:
         losses = train(copied, second, 9)
