@@ -1,10 +1,11 @@
 """Seconds a step and working bytes against dense AdamW and LoRA, as ratios within one run.
 
-    python benchmarks/speed.py [--runs 3]
+    python -m benchmarks.speed [--runs 3]
 
-SmolLM2-135M, bf16 weights, 512 tokens a step, K=16. Every method runs in a process of its own, one
-after another, `runs` times over; a process gives the mean over whole cycles, the table the median
-over processes. Random tokens: time does not depend on them.
+SmolLM2-135M, bf16 weights, 512 tokens a step, K=16, T=1 (state moves at every step, the worst
+case). Every method runs in a process of its own, one after another, `runs` times over; a process
+gives the mean over one whole cycle, the table the median over processes. Random tokens: time does
+not depend on them.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-TOKENS, CHUNKS, INTERVAL = 512, 16, 2
+TOKENS, CHUNKS, INTERVAL = 512, 16, 1
 CASES = {
     "dense AdamW, fp32 master": ("dense", {}),
     "LoRA r=16, all linear": ("lora", {}),

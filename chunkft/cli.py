@@ -5,9 +5,11 @@ them. Errors that are the user's end in one line and exit code 2.
 """
 
 import argparse
+import logging
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -72,10 +74,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         # before transformers is imported; TRL reports each trainer that is built otherwise
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        _quiet()
         return commands[command](words[1:])
     except ChunkFTError as e:
         print(f"chunkft: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
+
+
+def _quiet() -> None:
+    """Silence two messages that no user of this command can do anything about."""
+    # an optional kernel for 4-bit weights on CPUs
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # TRL's own default still has the old name
+    warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
 
 
 def _sft(words: list[str]) -> int:
