@@ -26,7 +26,7 @@ demo: $(SET_UP) ## train SmolLM2-135M here and now, no GPU and no hub needed
 test: lint ## lint, types and the default tests (ARGS="-k plan" to choose)
 	$(BIN)/python -m pytest $(ARGS)
 
-test-slow: $(SET_UP) ## the tests that train real models
+test-slow: $(SET_UP) $(PEERS) ## the tests that train real models
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800 $(ARGS)
 
 bench: $(SET_UP) $(PEERS) ## measure speed against the peers
