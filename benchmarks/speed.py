@@ -1,26 +1,29 @@
 """Seconds a step and working bytes against dense AdamW and LoRA, as ratios within one run.
 
-    python -m benchmarks.speed [--runs 3]
+    python -m benchmarks.speed [--runs 3] [--output FILE]
 
 SmolLM2-135M, bf16 weights, 512 tokens a step, K=16, T=1 (state moves at every step, the worst
-case). Every method runs in a process of its own, one after another, `runs` times over; a process
-gives the mean over one whole cycle, the table the median over processes. Random tokens: time does
-not depend on them.
+case). The methods take turns, one step each, so that whatever else the machine does in a minute
+meets all of them alike. A run is one whole cycle of 16 rounds and gives the ratio of the means; the
+table has the median over runs. Random tokens: time does not depend on them.
 """
 
 import argparse
-import json
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import torch
+
+from benchmarks.methods import Method, build, random_batches
+
 TOKENS, CHUNKS, INTERVAL = 512, 16, 1
+DENSE, LORA = "dense AdamW, fp32 master", "LoRA r=16, all linear"
 CASES = {
-    "dense AdamW, fp32 master": ("dense", {}),
-    "LoRA r=16, all linear": ("lora", {}),
+    DENSE: ("dense", {}),
+    LORA: ("lora", {}),
     "chunk stream, K=16": (
         "chunk",
         {"chunks": CHUNKS, "interval": INTERVAL, "layout": "stream"},
@@ -30,67 +33,60 @@ CASES = {
         {"chunks": CHUNKS, "interval": INTERVAL, "layout": "spread"},
     ),
 }
-DENSE, LORA = list(CASES)[:2]
 
 
-def measure(case: str) -> dict[str, float]:
-    """Mean seconds a step over one whole cycle, after two steps of warm-up; working bytes."""
-    from benchmarks.methods import build, random_batches
-
-    name, settings = CASES[case]
-    method = build(name, lr=1e-5, **settings)
-    batches = random_batches(TOKENS, method.model.config.vocab_size)
-    warm_up, steps = 2, CHUNKS * INTERVAL
-    for _ in range(warm_up):
-        method.step(next(batches))
-    begin = time.perf_counter()
-    for _ in range(steps):
-        method.step(next(batches))
-    seconds = (time.perf_counter() - begin) / steps
-    return {"seconds": seconds, "bytes": method.working_bytes()}
+def cycle(methods: dict[str, Method]) -> dict[str, float]:
+    """Mean seconds a step of each method over one whole cycle, in turns."""
+    batches = random_batches(TOKENS, next(iter(methods.values())).model.config.vocab_size)
+    seconds = dict.fromkeys(methods, 0.0)
+    for _ in range(CHUNKS * INTERVAL):
+        batch = next(batches)
+        for case, method in methods.items():
+            begin = time.perf_counter()
+            method.step(batch)
+            seconds[case] += (time.perf_counter() - begin) / (CHUNKS * INTERVAL)
+    return seconds
 
 
-def table(found: dict[str, list[dict[str, float]]]) -> str:
-    seconds = {c: statistics.median(r["seconds"] for r in rows) for c, rows in found.items()}
-    size = {c: rows[0]["bytes"] for c, rows in found.items()}
+def table(runs: list[dict[str, float]], size: dict[str, int]) -> str:
+    def ratio(case: str, base: str) -> str:
+        found = sorted(run[case] / run[base] for run in runs)
+        return f"{statistics.median(found):.3f} ({found[0]:.3f} to {found[-1]:.3f})"
+
     lines = [
         "| method | seconds a step / dense | / LoRA | working bytes / dense |",
         "|---|---|---|---|",
     ]
-    for case in found:
-        lines.append(
-            f"| {case} | {seconds[case] / seconds[DENSE]:.3f} | "
-            f"{seconds[case] / seconds[LORA]:.3f} | {size[case] / size[DENSE]:.3f} |"
-        )
-    spread = {c: [round(r["seconds"], 3) for r in rows] for c, rows in found.items()}
-    lines += ["", f"Seconds a step of each process: {json.dumps(spread)}", ""]
-    return "\n".join(lines)
+    for case in CASES:
+        share = size[case] / size[DENSE]
+        lines.append(f"| {case} | {ratio(case, DENSE)} | {ratio(case, LORA)} | {share:.3f} |")
+    means = ", ".join(f"{case} {statistics.median(r[case] for r in runs):.2f} s" for case in CASES)
+    return "\n".join([*lines, "", f"Medians of the seconds themselves: {means}.", ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--case", help="measure one method in this process and print JSON")
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     options = parser.parse_args()
-    if options.case:
-        print(json.dumps(measure(options.case)))
-        return
-    found: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
-    for run in range(options.runs):
-        for case in CASES:
-            words = [sys.executable, "-m", "benchmarks.speed", "--case", case]
-            done = subprocess.run(words, capture_output=True, text=True, check=True)
-            found[case].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"run {run + 1}: {case}: {found[case][-1]}", flush=True)
+    methods = {case: build(name, 1e-5, **settings) for case, (name, settings) in CASES.items()}
+    warm_up = next(random_batches(TOKENS, methods[DENSE].model.config.vocab_size, seed=1))
+    for method in methods.values():
+        method.step(warm_up)
+    runs = []
+    for i in range(options.runs):
+        runs.append(cycle(methods))
+        print(f"run {i + 1}: {runs[-1]}", flush=True)
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()
     text = (
         "# Seconds a step and working bytes: SmolLM2-135M, bf16, 512 tokens a step, K=16\n\n"
         f"`python -m benchmarks.speed --runs {options.runs}` at {commit}, {platform.machine()} "
-        f"CPU, torch threads {__import__('torch').get_num_threads()}; medians over "
-        f"{options.runs} processes, means over a whole cycle (T={INTERVAL}).\n\n" + table(found)
+        f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}. Median over "
+        f"{options.runs} cycles (smallest to largest); T={INTERVAL}; the methods take turns.\n"
+        "Working bytes: gradient + optimizer state + fp32 master, resting state apart.\n\n"
+        + table(runs, {case: method.working_bytes() for case, method in methods.items()})
     )
     print(text)
     if options.output:

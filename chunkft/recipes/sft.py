@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, get_dataset, get_peft_config
+from trl import (
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
 
 from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.data.lengths import check_lengths
@@ -110,6 +118,7 @@ def run(job: Job) -> int:
         revision=job.model.model_revision,
         trust_remote_code=args.trust_remote_code,
         cache_dir=Path(job.chunk.cache_dir).expanduser(),
+        **_loading(job),
     )
     _check_lengths(data.train, tokenizer, args)
     trainer = _build_trainer(job, data, model, tokenizer)
@@ -147,6 +156,9 @@ def run(job: Job) -> int:
     path = report.write(out, outcome)
     _write_metrics(out, outcome, watching)
     _tell(outcome, path)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=job.script.dataset_name)
+    trainer.end()  # the trackers
     return 0
 
 
@@ -156,6 +168,13 @@ def _check(job: Job) -> None:
             "--use_peft with --method chunk: chunks train all weights and need no adapter; leave "
             "--use_peft out, or use --method full for LoRA"
         )
+    if not job.model.use_peft and (job.model.load_in_4bit or job.model.load_in_8bit):
+        raise InputError(
+            "--load_in_4bit and --load_in_8bit freeze the weights, so there is nothing to train; "
+            "leave them out, or add --use_peft --method full"
+        )
+    if job.script.dataset_streaming:
+        print("warning: --dataset_streaming has no effect, records are read whole")
     args = job.training
     if args.packing and args.packing_strategy == "wrapped":
         raise InputError(
@@ -168,6 +187,15 @@ def _check(job: Job) -> None:
         args.report_to = []
     if "bf16" not in job.given and job.model.dtype != "float32":
         args.bf16 = False  # the weights are 16-bit: autocast would only add casts
+
+
+def _loading(job: Job) -> dict[str, Any]:
+    """What else goes to `from_pretrained`."""
+    more = job.training.model_init_kwargs
+    kwargs = dict(more) if isinstance(more, dict) else {}
+    if quantization := get_quantization_config(job.model):
+        kwargs["quantization_config"] = quantization
+    return kwargs
 
 
 def _load_data(job: Job) -> Data:

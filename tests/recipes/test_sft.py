@@ -90,6 +90,12 @@ def test_yaml_config_and_trl_flags(sft, tmp_path):
     assert "| learning_rate | 0.001 |" in text
 
 
+def test_lora_through_the_same_command(sft):
+    code, out, _, folder = sft("--method", "full", "--use_peft", "--lora_r", 4)
+    assert code == 0, out
+    assert (folder / "adapter_model.safetensors").exists()
+
+
 def test_packing_and_tensorboard(sft):
     code, _, _, folder = sft(
         "--packing", "--max_length", 96, "--report_to", "tensorboard", "--chunks", 2
@@ -116,6 +122,7 @@ BAD = {
     "chunks over rows": (["--chunks", "99999", "--max_steps", "200000"], "rows"),
     "unknown model": (["--model_name_or_path", "./no-such-model"], "no-such-model"),
     "peft": (["--use_peft"], "--use_peft"),
+    "quantized": (["--load_in_8bit"], "--load_in_8bit freeze the weights"),
     "galore": (["--optim", "galore_adamw"], "galore"),
     "lomo": (["--optim", "lomo"], "lomo"),
     "apollo": (["--optim", "apollo_adamw"], "apollo"),
