@@ -52,7 +52,14 @@ def build(name: str, lr: float, seed: int = 0, **settings: Any) -> Method:
     if name == "lora":
         return _lora(model, lr)
     optimizer = ChunkedOptimizer(
-        model, torch.optim.AdamW, lr=lr, weight_decay=0.0, fused=True, max_grad_norm=1.0, **settings
+        model,
+        torch.optim.AdamW,
+        lr=lr,
+        weight_decay=0.0,
+        fused=True,
+        max_grad_norm=1.0,
+        seed=seed,
+        **settings,
     )
 
     def step(batch: Batch) -> float:

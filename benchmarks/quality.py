@@ -100,7 +100,7 @@ class Data:
 def make(name: str, lr: float, seed: int) -> Method:
     settings = candidates()[name]
     kind = name if name in RATES else "chunk"
-    return build(kind, lr, seed, **(settings | ({"seed": seed} if settings else {})))
+    return build(kind, lr, seed, **settings)
 
 
 def train(name: str, lr: float, steps: int, data: Data, seed: int) -> float:
