@@ -118,7 +118,7 @@ def llama_tensors(
 
 
 class Ops(TorchDispatchMode):
-    """What ran, and the most elements that any of it made anew."""
+    """What ran, and the most bytes that any of it made anew."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -131,7 +131,7 @@ class Ops(TorchDispatchMode):
         self.names.add(func.overloadpacket.__name__)
         for value in result if isinstance(result, tuple | list) else [result]:
             if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in self.known:
-                self.largest = max(self.largest, value.numel())
+                self.largest = max(self.largest, value.numel() * value.element_size())
         return result
 
 

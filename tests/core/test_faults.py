@@ -361,7 +361,7 @@ def test_fault_15_no_full_size_gradient(dtype: torch.dtype, layout: str) -> None
         assert largest <= 2 * width * width / chunks
         with Ops(model) as ops:
             train(model, optimizer, torch.randn(3, width, dtype=dtype))
-        assert ops.largest <= largest
+        assert ops.largest <= 4 * largest  # bytes, in fp32
         assert all(p.grad is None for p in model.parameters())
 
 

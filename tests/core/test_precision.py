@@ -139,6 +139,12 @@ def swap(weight: Tensor, a: int, b: int) -> Tensor:
     return changed
 
 
+def negate(weight: Tensor, *places: int) -> Tensor:
+    changed = weight.clone()
+    changed.view(-1)[list(places)] *= -1
+    return changed
+
+
 FOREIGN: dict[str, Callable[[Tensor], Tensor]] = {
     "one element": lambda w: one_ulp(w, [5], []),
     "another weight": lambda w: w + 1,
@@ -148,6 +154,12 @@ FOREIGN: dict[str, Callable[[Tensor], Tensor]] = {
     "swapped by three": lambda w: swap(w, 0, 3),
     "swapped across rows": lambda w: swap(w, 7, 607),
     "rows permuted": lambda w: w.flip(0),
+    # the last of four elements: its sign is the top bit of a word
+    "a sign": lambda w: negate(w, 3),
+    "signs of a row": lambda w: negate(w, 3, 7),
+    "signs of a column": lambda w: negate(w, 3, 259),
+    "signs in even places": lambda w: negate(w, 263, 775),
+    "every sign": lambda w: -w,
 }
 
 
@@ -160,6 +172,14 @@ def test_a_foreign_write_at_rest_wins(how: str, dtype: torch.dtype) -> None:
     foreign = FOREIGN[how](weight)
     assert torch.equal(precision.wake(kept, foreign), foreign.float())
     assert torch.equal(precision.wake(kept, weight), master)
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("count", [1, 3, 256, 259, 1030])
+def test_a_slice_anywhere_has_the_fingerprint_of_its_copy(start: int, count: int) -> None:
+    torch.manual_seed(0)
+    part = torch.randn(2000).bfloat16()[start : start + count]
+    assert torch.equal(precision.fingerprint(part), precision.fingerprint(part.clone()))
 
 
 def trained(weight: Tensor) -> tuple[nn.Module, ChunkedOptimizer]:
