@@ -1,19 +1,27 @@
 """Held-out loss after equal seconds: chunk layouts, K and T against dense AdamW and LoRA.
 
-    python -m benchmarks.quality [--steps 120] [--seeds 3] [--only spread-K16-T1 ...]
+    python -m benchmarks.quality [--steps 100] [--tasks reverse] [--only spread-K16-T1-shuffled ...]
 
 SmolLM2-135M, bf16, two reasoning-gym tasks. Dense AdamW takes `--steps` steps; every other method
-as many as fit into the same seconds, by the ratio of their step times measured at the start of the
-run. Counting steps instead of reading the clock keeps a noisy machine out of the result.
+as many as fit into the same seconds, by the ratio of their step times, measured first at about 512
+tokens a step. Counting steps instead of reading the clock keeps a noisy machine out of the result,
+and lets the training itself use small batches (130 tokens), which would flatter chunks if their own
+clock counted: dense AdamW's update then takes half of its step.
 
-Learning rates by successive halving: four rates at a quarter of the budget, the better two at half,
-the best at the whole, with `--seeds` seeds. Each finished training run is a line of the results
-file, and is not done again when the script is called again: it can be spread over sessions.
+Learning rates by successive halving: three rates a factor of two apart at a quarter of the budget
+(more where the best lies at the edge), the better two at half, the best at the whole. What differs
+from a K only in T, order or moments takes that K's rate. Finalists run with three seeds: dense,
+LoRA, spread at K=16, and the best of each layout.
+
+Each finished training run is a line of the results file and is not done again when the script is
+called again, so it can be spread over sessions, and tasks over processes of one thread each (the
+ratios first, `--ratios`, with nothing else running).
 """
 
 import argparse
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -26,35 +34,50 @@ from benchmarks.methods import Batch, Method, build, loss_of
 from chunkft.data.tasks import ReasoningGymTask
 from chunkft.models.load import load_model
 
+# source, rows of a step: both make steps of about 130 tokens
 TASKS = {
-    "reverse": "reasoning-gym:word_sequence_reversal?min_words=3&max_words=6",
-    "sum": "reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=2&max_digits=2",
+    "reverse": ("reasoning-gym:word_sequence_reversal?min_words=3&max_words=6", 4),
+    "sum": ("reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=2&max_digits=2", 6),
 }
-ROWS, TRAIN, HELD_OUT = 8, 4000, 96
+TRAIN, HELD_OUT = 4000, 96
 RATES = {"dense": 1.5e-4, "lora": 1e-3}
-FACTORS = (0.5, 1.0, 2.0, 4.0)
 CHUNK_RATE = 1.5e-4  # times sqrt(K)
 WARM_UP = 0.05
+SEEDS = 3
+GRID = [*RATES] + [
+    f"{layout}-K{chunks}-T{interval}"
+    for interval in (1, 20)
+    for layout in ("stream", "spread")
+    for chunks in (4, 8, 16, 32)
+]
 
 
-def candidates() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {"dense": {}, "lora": {}}
-    for layout in ("stream", "spread"):
-        for chunks in (4, 8, 16, 32):
-            for interval in (1, 20):
-                found[f"{layout}-K{chunks}-T{interval}"] = {
-                    "layout": layout,
-                    "chunks": chunks,
-                    "interval": interval,
-                }
-    return found
+def settings_of(name: str) -> dict[str, Any]:
+    """Of `layout-Kk-Tt[-order or moments]`; nothing for dense and LoRA."""
+    if name in RATES:
+        return {}
+    layout, chunks, interval, *more = name.split("-")
+    settings = {"layout": layout, "chunks": int(chunks[1:]), "interval": int(interval[1:])}
+    for word in more:
+        settings["order" if word in ("shuffled", "reversed") else "moments"] = word
+    return settings
+
+
+def twin_of(name: str) -> str:
+    """The method that this one takes its learning rate and step time from."""
+    return name if name in RATES else "-".join([*name.split("-")[:2], "T1"])
 
 
 class Data:
-    """Batches of a task: conversations padded on the right, loss on the answers."""
+    """Batches of a task: the question's last line and the answer, padded on the right.
+
+    Loss on the answers. Without the chat template and the instructions, which are the same in every
+    row, a step is four times cheaper and the labels are the same.
+    """
 
     def __init__(self, task: str, tokenizer: Any):
-        source = ReasoningGymTask.parse(TASKS[task])
+        address, self.rows = TASKS[task]
+        source = ReasoningGymTask.parse(address)
         train = source.records(TRAIN, seed=0)
         held_out = source.held_out(HELD_OUT, 0, train).records
         self.pad = tokenizer.pad_token_id
@@ -63,13 +86,10 @@ class Data:
 
     @staticmethod
     def _encode(tokenizer: Any, record: Any) -> tuple[list[int], int]:
-        prompt = tokenizer.apply_chat_template(
-            record["prompt"], add_generation_prompt=True, return_dict=False
-        )
-        whole = tokenizer.apply_chat_template(
-            record["prompt"] + record["completion"], return_dict=False
-        )
-        return whole, len(prompt)
+        question = record["prompt"][-1]["content"].strip().splitlines()[-1] + "\n"
+        prompt = tokenizer(question)["input_ids"]
+        answer = tokenizer(record["completion"][0]["content"])["input_ids"]
+        return [*prompt, *answer, tokenizer.eos_token_id], len(prompt)
 
     def _batch(self, rows: list[tuple[list[int], int]]) -> Batch:
         length = max(len(ids) for ids, _ in rows)
@@ -80,27 +100,26 @@ class Data:
             labels[i, prompt : len(tokens)] = torch.tensor(tokens[prompt:])
         return {"input_ids": ids, "labels": labels, "attention_mask": (ids != self.pad).long()}
 
-    def batches(self, seed: int) -> Iterator[Batch]:
+    def batches(self, seed: int, times: int = 1) -> Iterator[Batch]:
+        rows = times * self.rows
         generator = torch.Generator().manual_seed(seed)
         while True:
             order = torch.randperm(len(self.train), generator=generator).tolist()
-            for first in range(0, len(order) - ROWS + 1, ROWS):
-                yield self._batch([self.train[i] for i in order[first : first + ROWS]])
+            for first in range(0, len(order) - rows + 1, rows):
+                yield self._batch([self.train[i] for i in order[first : first + rows]])
 
     @torch.no_grad()
     def loss(self, model: Any) -> float:
         model.eval()
         losses = []
-        for first in range(0, len(self.held_out), ROWS):
-            losses.append(loss_of(model, self._batch(self.held_out[first : first + ROWS])).item())
+        for first in range(0, len(self.held_out), 8):
+            losses.append(loss_of(model, self._batch(self.held_out[first : first + 8])).item())
         model.train()
         return statistics.mean(losses)
 
 
 def make(name: str, lr: float, seed: int) -> Method:
-    settings = candidates()[name]
-    kind = name if name in RATES else "chunk"
-    return build(kind, lr, seed, **settings)
+    return build(name if name in RATES else "chunk", lr, seed, **settings_of(name))
 
 
 def train(name: str, lr: float, steps: int, data: Data, seed: int) -> float:
@@ -116,23 +135,22 @@ def train(name: str, lr: float, steps: int, data: Data, seed: int) -> float:
     return data.loss(method.model)
 
 
-def step_seconds(name: str, data: Data) -> float:
-    """Mean over one cycle (T=1), after two steps of warm-up."""
-    settings = candidates()[name]
-    method, batches = make(name, 1e-5, 0), data.batches(0)
-    count = settings.get("chunks", 8)
-    for _ in range(2):
-        method.step(next(batches))
-    begin = time.perf_counter()
-    for _ in range(count):
-        method.step(next(batches))
-    return (time.perf_counter() - begin) / count
-
-
-def rates(name: str) -> list[float]:
-    chunks = candidates()[name].get("chunks")
-    base = RATES[name] if chunks is None else CHUNK_RATE * math.sqrt(chunks)
-    return [base * factor for factor in FACTORS]
+def step_seconds(name: str, data: Data) -> tuple[float, float]:
+    """Mean seconds of a step of four batches, and of a switch of chunks, over one cycle at T=2."""
+    settings = settings_of(name) | {"interval": 2}
+    method = build(name if name in RATES else "chunk", 1e-5, **settings)
+    batches, seconds = data.batches(0, 4), []
+    # chunks of `stream` differ in cost, those of `spread` do not
+    visits = settings["chunks"] if settings.get("layout") == "stream" else 4
+    for _ in range(2 + 2 * max(4, visits)):
+        batch, begin = next(batches), time.perf_counter()
+        method.step(batch)
+        seconds.append(time.perf_counter() - begin)
+    if name in RATES:
+        return statistics.mean(seconds[2:]), 0.0
+    # one step of a visit holds the switch, the other does not
+    first, second = (statistics.mean(seconds[start::2]) for start in (2, 3))
+    return min(first, second), abs(first - second)
 
 
 class Results:
@@ -143,104 +161,162 @@ class Results:
         lines = path.read_text().splitlines() if path.exists() else []
         self.rows = [json.loads(line) for line in lines]
 
-    def get(self, **key: Any) -> dict[str, Any] | None:
-        return next((r for r in self.rows if all(r.get(k) == v for k, v in key.items())), None)
+    def all(self, **key: Any) -> list[dict[str, Any]]:
+        return [r for r in self.rows if all(r.get(k) == v for k, v in key.items())]
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         with self.path.open("a") as f:
             f.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
 
+    def ratio(self, name: str) -> float:
+        """Seconds a step over dense AdamW's; of order and moments they do not depend."""
+        row = self.all(kind="ratio", name=twin_of(name))[0]
+        return row["step"] + row["switch"] / settings_of(name).get("interval", 1)
 
-def race(task: str, name: str, data: Data, results: Results, budget: int, seeds: int) -> None:
-    """Successive halving of the learning rate, then the finals."""
-    ratio = results.get(kind="ratio", name=name)
-    assert ratio is not None
-
-    def held_out(lr: float, share: float, seed: int) -> float:
-        key = {"kind": "run", "task": task, "name": name, "lr": lr, "share": share, "seed": seed}
-        done = results.get(**key)
-        if done is None:
-            steps = max(1, round(share * budget / ratio["ratio"]))
-            done = key | {"steps": steps, "loss": train(name, lr, steps, data, seed)}
-            results.add(done)
-            print(json.dumps(done), flush=True)
-        return done["loss"]
-
-    left = rates(name)
-    for share, keep in ((0.25, 2), (0.5, 1)):
-        left = sorted(left, key=lambda lr: held_out(lr, share, 0))[:keep]
-    for seed in range(seeds):
-        held_out(left[0], 1.0, seed)
+    def finals(self, task: str, name: str) -> list[dict[str, Any]]:
+        return self.all(kind="run", task=task, name=name, share=1.0)
 
 
 def measure_ratios(names: list[str], data: Data, results: Results) -> None:
-    missing = [n for n in names if results.get(kind="ratio", name=n) is None]
-    if not missing:
+    names = [n for n in dict.fromkeys(map(twin_of, names)) if not results.all(kind="ratio", name=n)]
+    if not names:
         return
-    speeds: dict[str, float] = {}
-    for name in missing:
-        # T does not change what a step computes, only how often state moves
-        twin = name.replace("-T20", "-T1")
-        if twin not in speeds:
-            dense = [step_seconds("dense", data)]
-            speed = step_seconds(twin, data)
-            dense.append(step_seconds("dense", data))
-            speeds[twin] = speed / statistics.mean(dense)
-        row = {"kind": "ratio", "name": name, "ratio": round(speeds[twin], 3)}
-        results.add(row)
-        print(json.dumps(row), flush=True)
+    before, _ = step_seconds("dense", data)
+    for name in names:
+        step, switch = step_seconds(name, data)
+        after, _ = step_seconds("dense", data)
+        dense, before = (before + after) / 2, after
+        step, switch = (1.0, 0.0) if name == "dense" else (step / dense, switch / dense)
+        results.add(
+            {"kind": "ratio", "name": name, "step": round(step, 3), "switch": round(switch, 3)}
+        )
+
+
+class Race:
+    """All runs of one task within the seconds of `budget` dense steps."""
+
+    def __init__(self, task: str, data: Data, results: Results, budget: int):
+        self.task, self.data, self.results, self.budget = task, data, results, budget
+
+    def held_out(self, name: str, lr: float, share: float, seed: int = 0) -> float:
+        key: dict[str, Any] = {"kind": "run", "task": self.task, "name": name}
+        key |= {"lr": lr, "share": share, "seed": seed, "budget": self.budget}
+        done = self.results.all(**key)
+        if done:
+            return done[0]["loss"]
+        steps = max(1, round(share * self.budget / self.results.ratio(name)))
+        loss = train(name, lr, steps, self.data, seed)
+        self.results.add(key | {"steps": steps, "loss": round(loss, 4)})
+        return loss
+
+    def rate(self, name: str) -> float:
+        """Successive halving from the rule's rate."""
+        name = twin_of(name)
+        base = RATES.get(name) or CHUNK_RATE * math.sqrt(settings_of(name)["chunks"])
+        ladder = [-1, 0, 1]  # powers of two
+
+        def loss(power: int, share: float) -> float:
+            return self.held_out(name, float(f"{base * 2.0**power:.3g}"), share)
+
+        while True:
+            best = min(ladder, key=lambda p: loss(p, 0.25))
+            if best not in (ladder[0], ladder[-1]) or len(ladder) == 5:
+                break
+            ladder = sorted([*ladder, ladder[0] - 1 if best == ladder[0] else ladder[-1] + 1])
+        left = sorted(ladder, key=lambda p: loss(p, 0.25))[:2]
+        winner = min(left, key=lambda p: loss(p, 0.5))
+        return float(f"{base * 2.0**winner:.3g}")
+
+    def final(self, name: str, seeds: int = 1) -> float:
+        rate = self.rate(name)
+        return statistics.mean(self.held_out(name, rate, 1.0, seed) for seed in range(seeds))
+
+    def finalists(self) -> list[str]:
+        found = [*RATES, "spread-K16-T1"]
+        for layout in ("stream", "spread"):
+            of_layout = [n for n in GRID if n.startswith(layout)]
+            found.append(min(of_layout, key=self.final))
+        return list(dict.fromkeys(found))
 
 
 def table(results: Results, tasks: list[str]) -> str:
-    lines = ["| method | s/step / dense | " + " | ".join(f"{t}: loss (lr)" for t in tasks) + " |"]
+    """Mean (smallest to largest over seeds; learning rate; cycles)."""
+    lines = ["| method | s/step |" + "".join(f" {t}: loss (seeds; lr; cycles) |" for t in tasks)]
     lines.append("|---" * (2 + len(tasks)) + "|")
-    for name in candidates():
-        finals = [
-            [r for r in results.rows if (r.get("task"), r.get("name")) == (t, name)
-             and r.get("share") == 1.0]
-            for t in tasks
-        ]  # fmt: skip
-        ratio = results.get(kind="ratio", name=name)
-        if ratio is None or not any(finals):
-            continue
-        cells = [
-            f"{statistics.mean(r['loss'] for r in rows):.3f} "
-            f"({min(r['loss'] for r in rows):.3f} to {max(r['loss'] for r in rows):.3f}; "
-            f"{rows[0]['lr']:.1e})"
-            if rows
-            else ""
-            for rows in finals
-        ]
-        lines.append(f"| {name} | {ratio['ratio']:.2f} | " + " | ".join(cells) + " |")
+    more = sorted({r["name"] for r in results.all(kind="run")} - set(GRID))
+    for name in [*GRID, *more]:
+        cells = []
+        for task in tasks:
+            rows = results.finals(task, name)
+            if not rows:
+                cells.append("")
+                continue
+            losses, settings = [r["loss"] for r in rows], settings_of(name)
+            detail = f"{min(losses):.3f} to {max(losses):.3f}; " if len(rows) > 1 else ""
+            detail += f"{rows[0]['lr']:.1e}"
+            if settings:
+                detail += f"; {rows[0]['steps'] / settings['chunks'] / settings['interval']:.1f}"
+            cells.append(f"{statistics.mean(losses):.3f} ({detail})")
+        if any(cells):
+            lines.append(f"| {name} | {results.ratio(name):.2f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def plot(results: Results, tasks: list[str], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False)
+    for panel, task in zip(panels[0], tasks, strict=True):
+        for name, style in (("dense", "k-"), ("lora", "k:")):
+            losses = [r["loss"] for r in results.finals(task, name)]
+            if losses:
+                panel.axhline(statistics.mean(losses), label=name, color=style[0], ls=style[1])
+        for layout, color in (("stream", "tab:orange"), ("spread", "tab:blue")):
+            for interval, ls in ((1, "-"), (20, "--")):
+                points = [
+                    (k, statistics.mean(r["loss"] for r in rows))
+                    for k in (4, 8, 16, 32)
+                    if (rows := results.finals(task, f"{layout}-K{k}-T{interval}"))
+                ]
+                if points:
+                    label = f"{layout}, T={interval}"
+                    panel.plot(*zip(*points, strict=True), ls, marker="o", c=color, label=label)
+        panel.set(title=task, xlabel="K", ylabel="held-out loss after equal seconds")
+        panel.set_xscale("log", base=2)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=120, help="of dense AdamW")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", help="names of methods")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=100, help="of dense AdamW")
+    parser.add_argument("--only", nargs="*", help="names of methods, one seed each")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS))
+    parser.add_argument("--ratios", action="store_true", help="measure the step times and stop")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/quality.jsonl"))
     options = parser.parse_args()
-    names = options.only or list(candidates())
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     results = Results(options.results)
     _, tokenizer = load_model("smollm2-135m")
-    for i, task in enumerate(options.tasks):
-        data = Data(task, tokenizer)
-        if i == 0:
-            measure_ratios(names, data, results)
+    names = options.only or GRID
+    measure_ratios(names, Data("reverse", tokenizer), results)
+    for task in options.tasks if not options.ratios else []:
+        race = Race(task, Data(task, tokenizer), results, options.steps)
         for name in names:
-            settings = candidates()[name]
-            ratio = results.get(kind="ratio", name=name)
-            assert ratio is not None
-            cycle = settings.get("chunks", 1) * settings.get("interval", 1)
-            if 2 * cycle > options.steps / ratio["ratio"]:
-                print(f"{name}: two cycles of {cycle} steps do not fit, left out", flush=True)
-                continue
-            race(task, name, data, results, options.steps, options.seeds)
+            race.final(name)
+        for name in race.finalists() if not options.only else []:
+            race.final(name, SEEDS)
     print(table(results, options.tasks))
+    plot(results, options.tasks, options.results.with_suffix(".png"))
 
 
 if __name__ == "__main__":
