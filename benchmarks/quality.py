@@ -1,6 +1,6 @@
 """Held-out loss after equal seconds: chunk layouts, K and T against dense AdamW and LoRA.
 
-    python -m benchmarks.quality [--steps 100] [--tasks reverse] [--only spread-K16-T1-shuffled ...]
+    python -m benchmarks.quality [--steps 100] [--tasks reverse] [--only spread-K16-T1-beta0.5 ...]
 
 SmolLM2-135M, bf16, two reasoning-gym tasks. Dense AdamW takes `--steps` steps; every other method
 as many as fit into the same seconds, by the ratio of their step times, measured first at about 512
@@ -10,8 +10,8 @@ clock counted: dense AdamW's update then takes half of its step.
 
 Learning rates by successive halving: three rates a factor of two apart at a quarter of the budget
 (more where the best lies at the edge), the better two at half, the best at the whole. What differs
-from a K only in T, order or moments takes that K's rate. Finalists run with three seeds: dense,
-LoRA, spread at K=16, and the best of each layout.
+only in T, order or deal takes the rate found without. Finalists run with three seeds: dense, LoRA,
+spread at K=16, and the best of each layout.
 
 Each finished training run is a line of the results file and is not done again when the script is
 called again, so it can be spread over sessions, and tasks over processes of one thread each (the
@@ -22,15 +22,20 @@ import argparse
 import json
 import math
 import os
+import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from benchmarks.methods import Batch, Method, build, loss_of
+from chunkft.core.partition import Partition, Slice, cut
+from chunkft.core.partition import Tensor as Shape
+from chunkft.core.schedule import ORDERS
 from chunkft.data.tasks import ReasoningGymTask
 from chunkft.models.load import load_model
 
@@ -53,19 +58,50 @@ GRID = [*RATES] + [
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    """Of `layout-Kk-Tt[-order or moments]`; nothing for dense and LoRA."""
+    """Of `layout-Kk-Tt[-word ...]`; nothing for dense and LoRA.
+
+    A word is an order, a way with moments, betaX (Adam's beta1), or dealt (see `dealt`).
+    """
     if name in RATES:
         return {}
-    layout, chunks, interval, *more = name.split("-")
+    layout, chunks, interval, *words = name.split("-")
     settings = {"layout": layout, "chunks": int(chunks[1:]), "interval": int(interval[1:])}
-    for word in more:
-        settings["order" if word in ("shuffled", "reversed") else "moments"] = word
+    for word in words:
+        if word.startswith("beta"):
+            settings["betas"] = (float(word.removeprefix("beta")), 0.999)
+        elif word != "dealt":
+            settings["order" if word in ORDERS else "moments"] = word
     return settings
 
 
-def twin_of(name: str) -> str:
-    """The method that this one takes its learning rate and step time from."""
+def timed_as(name: str) -> str:
+    """The method whose step and switch this one's cost."""
     return name if name in RATES else "-".join([*name.split("-")[:2], "T1"])
+
+
+def tuned_as(name: str) -> str:
+    """The method whose learning rate this one takes: moments and beta1 change a step's size."""
+    if name in RATES:
+        return name
+    words = [w for w in name.split("-")[3:] if w not in (*ORDERS, "dealt")]
+    return "-".join([timed_as(name), *words])
+
+
+def dealt(tensors: Sequence[Shape], chunks: int, layout: str) -> Partition:
+    """The same slices, each tensor's dealt to its chunks in an order of its own.
+
+    In `spread` chunk k holds the k-th share of every tensor; here, of each tensor another one.
+    """
+    generator = random.Random(0)
+    partition = cut(tensors, chunks, layout)
+    deal: list[list[Slice]] = [[] for _ in partition]
+    for name in partition.shapes:
+        pieces = [(k, p) for k, chunk in enumerate(partition) for p in chunk if p.name == name]
+        keepers = [k for k, _ in pieces]
+        generator.shuffle(keepers)
+        for k, (_, piece) in zip(keepers, pieces, strict=True):
+            deal[k].append(piece)
+    return Partition(partition.shapes, deal)
 
 
 class Data:
@@ -119,7 +155,9 @@ class Data:
 
 
 def make(name: str, lr: float, seed: int) -> Method:
-    return build(name if name in RATES else "chunk", lr, seed, **settings_of(name))
+    deal = dealt if "dealt" in name.split("-") else cut
+    with patch("chunkft.core.optimizer.cut", deal):
+        return build(name if name in RATES else "chunk", lr, seed, **settings_of(name))
 
 
 def train(name: str, lr: float, steps: int, data: Data, seed: int) -> float:
@@ -171,8 +209,8 @@ class Results:
         print(json.dumps(row), flush=True)
 
     def ratio(self, name: str) -> float:
-        """Seconds a step over dense AdamW's; of order and moments they do not depend."""
-        row = self.all(kind="ratio", name=twin_of(name))[0]
+        """Seconds a step over dense AdamW's."""
+        row = self.all(kind="ratio", name=timed_as(name))[0]
         return row["step"] + row["switch"] / settings_of(name).get("interval", 1)
 
     def finals(self, task: str, name: str) -> list[dict[str, Any]]:
@@ -180,7 +218,8 @@ class Results:
 
 
 def measure_ratios(names: list[str], data: Data, results: Results) -> None:
-    names = [n for n in dict.fromkeys(map(twin_of, names)) if not results.all(kind="ratio", name=n)]
+    names = list(dict.fromkeys(map(timed_as, names)))
+    names = [n for n in names if not results.all(kind="ratio", name=n)]
     if not names:
         return
     before, _ = step_seconds("dense", data)
@@ -213,7 +252,7 @@ class Race:
 
     def rate(self, name: str) -> float:
         """Successive halving from the rule's rate."""
-        name = twin_of(name)
+        name = tuned_as(name)
         base = RATES.get(name) or CHUNK_RATE * math.sqrt(settings_of(name)["chunks"])
         ladder = [-1, 0, 1]  # powers of two
 
