@@ -9,6 +9,7 @@ sequences proven at the start, and a report.
 """
 
 import json
+import shlex
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ DEFAULT_MODEL = "smollm2-135m"
 SAMPLE = 64  # training records whose loss is told before and after when nothing is held out
 METRICS = "metrics.json"
 BEFORE = "before.json"
+RESUME = "--resume_from_checkpoint"
 
 
 @dataclass
@@ -390,5 +392,10 @@ def _tell(outcome: report.Outcome, path: Path) -> None:
 
 
 def _resume_line(command: str) -> str:
-    words = command.split(" --resume_from_checkpoint ")
-    return f"{words[0]} --resume_from_checkpoint last"
+    words, kept = iter(shlex.split(command)), list[str]()
+    for word in words:
+        if word == RESUME:
+            next(words, None)  # its value
+        elif not word.startswith(RESUME + "="):
+            kept.append(word)
+    return shlex.join([*kept, RESUME, "last"])

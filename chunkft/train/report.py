@@ -116,15 +116,20 @@ def _versions() -> list[str]:
 
 def _commit() -> str:
     """The commit of the source tree the package runs from, if it runs from one."""
+    here = Path(__file__)
+    # a virtual environment inside somebody's repository is not from that repository
+    ours = f"ls-files --error-unmatch {here.name}"
     try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
+        for words in (ours, "describe --always --dirty"):
+            run = subprocess.run(
+                ["git", *words.split()],
+                cwd=here.parent,
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=10,
+            )
+        return run.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 

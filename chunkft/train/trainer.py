@@ -7,8 +7,8 @@ Trainer clips `model.parameters()`, which carry no gradient here.
 """
 
 import math
-import resource
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +25,11 @@ from chunkft.core.store import GIB
 from chunkft.errors import ChunkFTError, InputError, UnsupportedError
 from chunkft.train import checkpoints
 from chunkft.train.config import ChunkArguments, Rotation, refuse_optimizer
+
+if sys.platform == "win32":
+    import psutil  # comes with accelerate
+else:
+    import resource
 
 
 class NonFiniteLossError(ChunkFTError, RuntimeError):
@@ -85,7 +90,10 @@ def peak_memory_gib() -> float:
     """Peak of the device's allocations, or of the whole process on a CPU, in GiB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts KiB
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / GIB
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
 class RunCallback(TrainerCallback):

@@ -37,6 +37,8 @@ def test_a_signal_saves_and_prints_the_line_that_resumes(
 ):
     steps, stop = 14, 7
     words = command(tiny_model, records, tmp_path / "stopped", steps)
+    # in the middle, so that the printed line must keep what comes after
+    words[1:1] = ["--resume_from_checkpoint", "last"]
     with monkeypatch.context() as patch:
         stock = CheckpointCallback.on_step_end
 
