@@ -38,7 +38,7 @@ Takes every flag and YAML key (--config FILE) of `trl sft`; these matter most:
                              records: messages | prompt + completion | text
   --model_name_or_path MODEL local path, hub id, .gguf file, or smollm2-135m (default)
   --output_dir DIR           an empty directory for checkpoints, model and report
-  --learning_rate LR         default: 2e-5 * sqrt(chunks)
+  --learning_rate LR         default: 2e-5 * sqrt(chunks), twice that in spread
   --max_steps N | --num_train_epochs N
   --per_device_train_batch_size N   --gradient_accumulation_steps N
   --max_length TOKENS        --packing   (isolation of packed records is checked)

@@ -278,9 +278,10 @@ def _build_chunks(job: Job, trainer: ChunkSFTTrainer) -> ChunkedOptimizer:
     rotation = Rotation(1, 1)  # dense training with an fp32 master is one chunk
     if job.chunk.method == "chunk":
         steps = planned_steps(trainer)
-        rotation = choose_rotation(job.chunk.chunks, job.chunk.interval, steps)
+        elements = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        rotation = choose_rotation(job.chunk.chunks, job.chunk.interval, steps, elements)
         if "learning_rate" not in job.given:
-            trainer.args.learning_rate = choose_learning_rate(rotation.chunks)
+            trainer.args.learning_rate = choose_learning_rate(rotation.chunks, job.chunk.layout)
     optimizer = build_optimizer(trainer, job.chunk, rotation)
     sizes = optimizer.partition.sizes()
     print(

@@ -1,7 +1,8 @@
 """The settings of a run that are ours, and the rules that fill those nobody gave.
 
-Defaults: layout `spread`, K = 16, T = 20 or what lets two cycles fit, learning rate TRL's times
-sqrt(K). LOG.md says from which measurements.
+Layout `spread`. K = 8, doubled while the fp32 gradient, master and two moments of a chunk exceed
+1 GiB, to 64 at most. T = 20 or what lets two cycles fit. Learning rate: TRL's times sqrt(K), twice
+that in `spread`. LOG.md says from which measurements.
 """
 
 from dataclasses import dataclass, field
@@ -10,7 +11,8 @@ from typing import Any
 
 from chunkft.errors import InputError
 
-DEFAULT_CHUNKS = 16
+FEWEST_CHUNKS, MOST_CHUNKS = 8, 64
+BYTES_PER_ELEMENT, WORKING_BYTES = 16, 2**30
 DEFAULT_INTERVAL = 20
 DENSE_LEARNING_RATE = 2e-5  # TRL's default for dense AdamW
 
@@ -32,7 +34,9 @@ class ChunkArguments:
         choices=["chunk", "full"],
     )
     chunks: int | None = setting(
-        None, f"K, chunks the weights are cut into (default {DEFAULT_CHUNKS}, fewer in short runs)."
+        None,
+        f"K, chunks the weights are cut into (default {FEWEST_CHUNKS}, doubled to at most "
+        f"{MOST_CHUNKS} until a chunk works in 1 GiB; fewer in short runs).",
     )
     interval: int | None = setting(
         None, "T, optimizer steps of a visit to a chunk (default: as many as let two cycles fit)."
@@ -64,7 +68,9 @@ class Rotation:
     interval: int
 
 
-def choose_rotation(chunks: int | None, interval: int | None, steps: int) -> Rotation:
+def choose_rotation(
+    chunks: int | None, interval: int | None, steps: int, parameters: int
+) -> Rotation:
     """K and T such that two cycles fit into `steps` optimizer steps.
 
     Raises:
@@ -73,7 +79,10 @@ def choose_rotation(chunks: int | None, interval: int | None, steps: int) -> Rot
     for name, value in (("chunks", chunks), ("interval", interval)):
         if value is not None and value < 1:
             raise InputError(f"--{name} {value} must be at least 1")
-    k = chunks or max(1, min(DEFAULT_CHUNKS, steps // (2 * (interval or 1))))
+    fitting = FEWEST_CHUNKS
+    while fitting < MOST_CHUNKS and parameters / fitting * BYTES_PER_ELEMENT > WORKING_BYTES:
+        fitting *= 2
+    k = chunks or max(1, min(fitting, steps // (2 * (interval or 1))))
     t = interval or max(1, min(DEFAULT_INTERVAL, steps // (2 * k)))
     if k * t > steps:
         raise InputError(
@@ -89,9 +98,14 @@ def choose_rotation(chunks: int | None, interval: int | None, steps: int) -> Rot
     return Rotation(k, t)
 
 
-def choose_learning_rate(chunks: int) -> float:
-    """The best rate grows about as sqrt(K): each weight gets 1/K of the updates."""
-    return DENSE_LEARNING_RATE * sqrt(chunks)
+def choose_learning_rate(chunks: int, layout: str) -> float:
+    """The dense rate times sqrt(K), in `spread` twice that.
+
+    Each weight gets 1/K of the updates. Never more than K times the dense rate, with which the
+    updates of a weight add up to what they are in dense training.
+    """
+    factor = sqrt(chunks) if layout == "stream" else min(chunks, 2 * sqrt(chunks))
+    return DENSE_LEARNING_RATE * factor
 
 
 def refuse_optimizer(optim: str, deepspeed: object) -> None:

@@ -5,19 +5,30 @@ import pytest
 from chunkft.errors import InputError
 from chunkft.train.config import choose_learning_rate, choose_rotation, refuse_optimizer
 
+SMALL = 10**8  # elements
 
+
+@pytest.mark.parametrize("elements", [SMALL, 7 * 10**9])
 @pytest.mark.parametrize("steps", [1, 2, 3, 17, 31, 32, 100, 1000, 10**6])
-def test_two_cycles_fit_wherever_they_can(steps):
-    rotation = choose_rotation(None, None, steps)
+def test_two_cycles_fit_wherever_they_can(steps, elements):
+    rotation = choose_rotation(None, None, steps, elements)
     cycle = rotation.chunks * rotation.interval
     assert cycle <= max(1, steps // 2)
 
 
 def test_given_values_stand():
-    assert choose_rotation(8, 5, 1000).chunks == 8
-    assert choose_rotation(8, 5, 1000).interval == 5
-    assert choose_rotation(64, None, 1280).interval == 10
-    assert choose_rotation(None, 10, 100).chunks == 5
+    assert choose_rotation(8, 5, 1000, SMALL).chunks == 8
+    assert choose_rotation(8, 5, 1000, SMALL).interval == 5
+    assert choose_rotation(64, None, 1280, SMALL).interval == 10
+    assert choose_rotation(None, 10, 100, SMALL).chunks == 5
+
+
+@pytest.mark.parametrize(
+    ("elements", "chunks"),
+    [(135 * 10**6, 8), (2**29, 8), (2**29 + 1, 16), (17 * 10**8, 32), (70 * 10**9, 64)],
+)
+def test_a_chunk_works_in_one_gib_up_to_64_chunks(elements, chunks):
+    assert choose_rotation(None, None, 10**6, elements).chunks == chunks
 
 
 @pytest.mark.parametrize(
@@ -32,12 +43,18 @@ def test_given_values_stand():
 )
 def test_values_that_leave_weights_untouched_are_errors(chunks, interval, steps, message):
     with pytest.raises(InputError, match=message):
-        choose_rotation(chunks, interval, steps)
+        choose_rotation(chunks, interval, steps, SMALL)
 
 
 def test_the_learning_rate_grows_with_the_root_of_chunks():
-    assert choose_learning_rate(1) == pytest.approx(2e-5)
-    assert choose_learning_rate(16) == pytest.approx(8e-5)
+    assert choose_learning_rate(1, "stream") == pytest.approx(2e-5)
+    assert choose_learning_rate(16, "stream") == pytest.approx(8e-5)
+    assert choose_learning_rate(16, "spread") == pytest.approx(16e-5)
+
+
+def test_one_chunk_has_the_dense_rate_and_two_at_most_twice_that():
+    assert choose_learning_rate(1, "spread") == pytest.approx(2e-5)
+    assert choose_learning_rate(2, "spread") == pytest.approx(4e-5)
 
 
 @pytest.mark.parametrize("optim", ["galore_adamw", "lomo", "adalomo", "apollo_adamw"])
