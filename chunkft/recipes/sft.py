@@ -278,6 +278,7 @@ def _build_chunks(job: Job, trainer: ChunkSFTTrainer) -> ChunkedOptimizer:
     rotation = Rotation(1, 1)  # dense training with an fp32 master is one chunk
     if job.chunk.method == "chunk":
         steps = planned_steps(trainer)
+        assert trainer.model is not None
         elements = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         rotation = choose_rotation(job.chunk.chunks, job.chunk.interval, steps, elements)
         if "learning_rate" not in job.given:
