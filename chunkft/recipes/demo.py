@@ -49,7 +49,7 @@ def run(output_dir: str, steps: int | None) -> int:
     print(f"\n2 of 2: all parameters in chunks, {steps} steps", flush=True)
     chunk = _sft(
         out / "chunk",
-        ["--max_steps", str(steps), "--learning_rate", "1e-3", "--score_samples", "100"],
+        ["--max_steps", str(steps), "--learning_rate", "8e-4", "--score_samples", "100"],
     )
     print(compare(dense, chunk, compared))
     print(f"the fine-tuned model, report.md and loss.png are in {out / 'chunk'}")
