@@ -5,8 +5,12 @@ lora    peft, r=16 on every linear layer, fp32 adapters, the same AdamW
 chunk   ChunkedOptimizer over the same AdamW
 """
 
+import os
+import platform
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,14 +47,12 @@ def loss_of(model: Any, batch: Batch) -> Tensor:
 
 
 def build(name: str, lr: float, seed: int = 0, **settings: Any) -> Method:
-    """`dense`, `lora`, or `chunk` with ChunkedOptimizer's settings."""
+    """`dense` or `lora` with AdamW's settings, or `chunk` with ChunkedOptimizer's too."""
     torch.manual_seed(seed)
     model, _ = load_model("smollm2-135m")
     model.train()
-    if name == "dense":
-        return _dense(model, lr)
-    if name == "lora":
-        return _lora(model, lr)
+    if name in PEERS:
+        return PEERS[name](model, lr, **settings)
     optimizer = ChunkedOptimizer(
         model,
         torch.optim.AdamW,
@@ -74,10 +76,10 @@ def build(name: str, lr: float, seed: int = 0, **settings: Any) -> Method:
     return Method(model, step, _lr_setter(optimizer), working)
 
 
-def _dense(model: Any, lr: float) -> Method:
+def _dense(model: Any, lr: float, **settings: Any) -> Method:
     weights = [p for p in model.parameters() if p.requires_grad]
     masters = [p.detach().float() for p in weights]
-    optimizer = torch.optim.AdamW(masters, lr=lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(masters, lr=lr, weight_decay=0.0, fused=True, **settings)
     peak = 0
 
     def step(batch: Batch) -> float:
@@ -99,7 +101,7 @@ def _dense(model: Any, lr: float) -> Method:
     return Method(model, step, _lr_setter(optimizer), lambda: peak)
 
 
-def _lora(model: Any, lr: float) -> Method:
+def _lora(model: Any, lr: float, **settings: Any) -> Method:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -107,7 +109,7 @@ def _lora(model: Any, lr: float) -> Method:
     )
     adapted = get_peft_model(model, config)
     weights = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0, fused=True, **settings)
     peak = 0
 
     def step(batch: Batch) -> float:
@@ -121,6 +123,9 @@ def _lora(model: Any, lr: float) -> Method:
         return loss.item()
 
     return Method(adapted, step, _lr_setter(optimizer), lambda: peak)
+
+
+PEERS = {"dense": _dense, "lora": _lora}
 
 
 def _lr_setter(optimizer: torch.optim.Optimizer) -> Callable[[float], None]:
@@ -145,3 +150,25 @@ def random_batches(tokens: int, vocabulary: int, seed: int = 0) -> Iterator[Batc
     while True:
         ids = torch.randint(0, vocabulary, (1, tokens), generator=generator)
         yield {"input_ids": ids, "labels": ids}
+
+
+def provenance() -> str:
+    """Commit, processor and versions, for the head of a results file."""
+    git = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return (
+        f"at {commit}, {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}"
+    )
+
+
+def _processor() -> str:
+    """Its name, and which products of bf16 matrices it has instructions for."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    fields = dict(line.split("\t", 1) for line in info.read_text().splitlines() if "\t" in line)
+    known = {name.strip(): value.lstrip(": \t") for name, value in fields.items()}
+    flags = known.get("flags", "").split()
+    bf16 = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
+    return f"{known.get('model name', platform.machine())} ({', '.join(bf16) or 'no bf16'})"

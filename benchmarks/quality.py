@@ -10,8 +10,8 @@ clock counted: dense AdamW's update then takes half of its step.
 
 Learning rates by successive halving: three rates a factor of two apart at a quarter of the budget
 (more where the best lies at the edge), the better two at half, the best at the whole. What differs
-only in T, order or deal takes the rate found without. Finalists run with three seeds: dense, LoRA,
-spread at K=16, and the best of each layout.
+only in T, order, deal or warm-up takes the rate found without. Finalists run with three seeds:
+dense, LoRA, spread at K=16, and the best of each layout.
 
 Each finished training run is a line of the results file and is not done again when the script is
 called again, so it can be spread over sessions, and tasks over processes of one thread each (the
@@ -32,7 +32,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.methods import Batch, Method, build, loss_of
+from benchmarks.methods import Batch, Method, build, loss_of, provenance
 from chunkft.core.partition import Partition, Slice, cut
 from chunkft.core.partition import Tensor as Shape
 from chunkft.core.schedule import ORDERS
@@ -48,6 +48,7 @@ TRAIN, HELD_OUT = 4000, 96
 RATES = {"dense": 1.5e-4, "lora": 1e-3}
 CHUNK_RATE = 1.5e-4  # times sqrt(K)
 WARM_UP = 0.05
+ASIDE = ("dealt", "warm")  # words of a name that are no setting of the optimizer
 SEEDS = 3
 GRID = [*RATES] + [
     f"{layout}-K{chunks}-T{interval}"
@@ -58,33 +59,35 @@ GRID = [*RATES] + [
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    """Of `layout-Kk-Tt[-word ...]`; nothing for dense and LoRA.
+    """Of `layout-Kk-Tt[-word ...]`, or of dense or lora with words.
 
-    A word is an order, a way with moments, betaX (Adam's beta1), or dealt (see `dealt`).
+    A word is an order, a way with moments, betaX (Adam's beta1), dealt (see `dealt`), or warm: the
+    learning rate warms up over a whole cycle.
     """
-    if name in RATES:
-        return {}
-    layout, chunks, interval, *words = name.split("-")
-    settings = {"layout": layout, "chunks": int(chunks[1:]), "interval": int(interval[1:])}
+    base, *words = name.split("-")
+    settings: dict[str, Any] = {}
+    if base not in RATES:
+        chunks, interval, *words = words
+        settings = {"layout": base, "chunks": int(chunks[1:]), "interval": int(interval[1:])}
     for word in words:
         if word.startswith("beta"):
             settings["betas"] = (float(word.removeprefix("beta")), 0.999)
-        elif word != "dealt":
+        elif word not in ASIDE:
             settings["order" if word in ORDERS else "moments"] = word
     return settings
 
 
 def timed_as(name: str) -> str:
     """The method whose step and switch this one's cost."""
-    return name if name in RATES else "-".join([*name.split("-")[:2], "T1"])
+    base, *more = name.split("-")
+    return base if base in RATES else "-".join([base, more[0], "T1"])
 
 
 def tuned_as(name: str) -> str:
     """The method whose learning rate this one takes: moments and beta1 change a step's size."""
-    if name in RATES:
-        return name
-    words = [w for w in name.split("-")[3:] if w not in (*ORDERS, "dealt")]
-    return "-".join([timed_as(name), *words])
+    timed = timed_as(name)
+    words = name.split("-")[len(timed.split("-")) :]
+    return "-".join([timed, *(w for w in words if w not in (*ORDERS, *ASIDE))])
 
 
 def dealt(tensors: Sequence[Shape], chunks: int, layout: str) -> Partition:
@@ -154,16 +157,24 @@ class Data:
         return statistics.mean(losses)
 
 
+def kind_of(name: str) -> str:
+    """dense, lora or chunk."""
+    base = name.split("-", maxsplit=1)[0]
+    return base if base in RATES else "chunk"
+
+
 def make(name: str, lr: float, seed: int) -> Method:
     deal = dealt if "dealt" in name.split("-") else cut
     with patch("chunkft.core.optimizer.cut", deal):
-        return build(name if name in RATES else "chunk", lr, seed, **settings_of(name))
+        return build(kind_of(name), lr, seed, **settings_of(name))
 
 
 def train(name: str, lr: float, steps: int, data: Data, seed: int) -> float:
     """Held-out loss after `steps` steps; linear warm-up, then a cosine to zero."""
     method, batches = make(name, lr, seed), data.batches(seed)
     warm_up = max(1, int(WARM_UP * steps))
+    if "warm" in name.split("-"):
+        warm_up = settings_of(name)["chunks"] * settings_of(name)["interval"]
     for step in range(steps):
         done = (step - warm_up) / max(1, steps - warm_up)
         scale = (step + 1) / warm_up if step < warm_up else 0.5 * (1 + math.cos(math.pi * done))
@@ -175,8 +186,10 @@ def train(name: str, lr: float, steps: int, data: Data, seed: int) -> float:
 
 def step_seconds(name: str, data: Data) -> tuple[float, float]:
     """Mean seconds of a step of four batches, and of a switch of chunks, over one cycle at T=2."""
-    settings = settings_of(name) | {"interval": 2}
-    method = build(name if name in RATES else "chunk", 1e-5, **settings)
+    settings = settings_of(name)
+    if kind_of(name) == "chunk":
+        settings["interval"] = 2
+    method = build(kind_of(name), 1e-5, **settings)
     batches, seconds = data.batches(0, 4), []
     # chunks of `stream` differ in cost, those of `spread` do not
     visits = settings["chunks"] if settings.get("layout") == "stream" else 4
@@ -253,7 +266,7 @@ class Race:
     def rate(self, name: str) -> float:
         """Successive halving from the rule's rate."""
         name = tuned_as(name)
-        base = RATES.get(name) or CHUNK_RATE * math.sqrt(settings_of(name)["chunks"])
+        base = RATES.get(kind_of(name)) or CHUNK_RATE * math.sqrt(settings_of(name)["chunks"])
         ladder = [-1, 0, 1]  # powers of two
 
         def loss(power: int, share: float) -> float:
@@ -295,12 +308,23 @@ def table(results: Results, tasks: list[str]) -> str:
             losses, settings = [r["loss"] for r in rows], settings_of(name)
             detail = f"{min(losses):.3f} to {max(losses):.3f}; " if len(rows) > 1 else ""
             detail += f"{rows[0]['lr']:.1e}"
-            if settings:
+            if "chunks" in settings:
                 detail += f"; {rows[0]['steps'] / settings['chunks'] / settings['interval']:.1f}"
             cells.append(f"{statistics.mean(losses):.3f} ({detail})")
         if any(cells):
             lines.append(f"| {name} | {results.ratio(name):.2f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def head(options: argparse.Namespace) -> str:
+    return (
+        "# Held-out loss after equal seconds: SmolLM2-135M, bf16\n\n"
+        f"`python -m benchmarks.quality --steps {options.steps}`, with `--only NAME` for rows "
+        f"beyond its grid; written {provenance()}, from the runs in {options.results.name}. Every "
+        f"method has the seconds of {options.steps} steps of dense AdamW; s/step is over dense "
+        "AdamW's, switches included. A cell: mean held-out loss (over seeds: smallest to largest; "
+        "learning rate, chosen on each task; cycles).\n\n"
+    )
 
 
 def plot(results: Results, tasks: list[str], path: Path) -> None:
@@ -338,10 +362,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=100, help="of dense AdamW")
-    parser.add_argument("--only", nargs="*", help="names of methods, one seed each")
+    parser.add_argument("--only", nargs="*", help="names of methods, with `--seeds` seeds each")
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--tasks", nargs="*", default=list(TASKS))
     parser.add_argument("--ratios", action="store_true", help="measure the step times and stop")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/quality.jsonl"))
+    parser.add_argument("--output", type=Path, help="write the table to this file, the plot beside")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     results = Results(options.results)
@@ -351,11 +377,14 @@ def main() -> None:
     for task in options.tasks if not options.ratios else []:
         race = Race(task, Data(task, tokenizer), results, options.steps)
         for name in names:
-            race.final(name)
+            race.final(name, options.seeds)
         for name in race.finalists() if not options.only else []:
             race.final(name, SEEDS)
-    print(table(results, options.tasks))
-    plot(results, options.tasks, options.results.with_suffix(".png"))
+    text = table(results, options.tasks)
+    print(text)
+    if options.output:
+        options.output.write_text(head(options) + text + "\n")
+        plot(results, options.tasks, options.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

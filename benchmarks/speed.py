@@ -9,15 +9,11 @@ table has the median over runs. Random tokens: time does not depend on them.
 """
 
 import argparse
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
-import torch
-
-from benchmarks.methods import Method, build, random_batches
+from benchmarks.methods import Method, build, provenance, random_batches
 
 TOKENS, CHUNKS, INTERVAL = 512, 16, 1
 DENSE, LORA = "dense AdamW, fp32 master", "LoRA r=16, all linear"
@@ -77,13 +73,9 @@ def main() -> None:
     for i in range(options.runs):
         runs.append(cycle(methods))
         print(f"run {i + 1}: {runs[-1]}", flush=True)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     text = (
         "# Seconds a step and working bytes: SmolLM2-135M, bf16, 512 tokens a step, K=16\n\n"
-        f"`python -m benchmarks.speed --runs {options.runs}` at {commit}, {platform.machine()} "
-        f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}. Median over "
+        f"`python -m benchmarks.speed --runs {options.runs}` {provenance()}. Median over "
         f"{options.runs} cycles (smallest to largest); T={INTERVAL}; the methods take turns.\n"
         "Working bytes: gradient + optimizer state + fp32 master, resting state apart.\n\n"
         + table(runs, {case: method.working_bytes() for case, method in methods.items()})
