@@ -7,6 +7,7 @@ them. Errors that are the user's end in one line and exit code 2.
 import argparse
 import logging
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from chunkft import __version__
-from chunkft.errors import ChunkFTError, InputError
+from chunkft.errors import FOREIGN, ChunkFTError, InputError, one_line
 
 HELP = """\
 chunkft: full-parameter fine-tuning in the memory of an adapter
@@ -43,7 +44,7 @@ Takes every flag and YAML key (--config FILE) of `trl sft`; these matter most:
   --per_device_train_batch_size N   --gradient_accumulation_steps N
   --max_length TOKENS        --packing   (isolation of packed records is checked)
   --dtype bfloat16|float16|float32
-  --optim NAME --weight_decay X --max_grad_norm X --lr_scheduler_type NAME --warmup_ratio X
+  --optim NAME --weight_decay X --max_grad_norm X --lr_scheduler_type NAME --warmup_steps N
   --eval_strategy steps --eval_steps N      --report_to tensorboard
   --save_steps N --save_total_limit N
   --resume_from_checkpoint last|DIR         go on after a stop or a crash, to the bit
@@ -76,7 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         _quiet()
         return commands[command](words[1:])
+    except KeyboardInterrupt:
+        print("chunkft: stopped; what was saved before is whole", file=sys.stderr)
+        return 130
     except ChunkFTError as e:
+        if os.environ.get("CHUNKFT_TRACEBACK"):
+            raise
         print(f"chunkft: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
 
@@ -122,28 +128,38 @@ def parse_sft(words: Sequence[str]) -> Any:
     Raises:
         InputError: an unknown or malformed flag, or a config file that cannot be read.
     """
+    import yaml
+
     from chunkft.recipes.sft import Job
 
+    words = [part for word in words for part in _split_config(word)]
     # a bare flag goes on with the newest checkpoint
-    words = list(words)
     for i, word in enumerate(words):
         bare = i + 1 == len(words) or words[i + 1].startswith("--")
         if word == "--resume_from_checkpoint" and bare:
             words.insert(i + 1, "last")
             break
-    if not any(w.split("=")[0] in ("--output_dir", "--config", "--output-dir") for w in words):
-        words += ["--output_dir", "runs/sft"]
     parser = _sft_parser()
     try:
+        given = _given(words)
+        if "output_dir" not in given:
+            words += ["--output_dir", "runs/sft"]
         script, training, model, mixture, chunk = parser.parse_args_and_config(
             words, fail_with_unknown_args=True
         )
-    except (argparse.ArgumentError, ValueError, OSError, TypeError) as e:
-        raise InputError(f"chunkft sft: {e}") from e
-    job = Job(script, training, model, mixture, chunk)
-    job.given = _given(words)
-    job.command = shlex.join(["chunkft", "sft", *words])
-    return job
+    except (*FOREIGN, argparse.ArgumentError, yaml.YAMLError) as e:
+        unknown = re.search(r"not used by the HfArgumentParser: (\[.*\])", str(e))
+        if unknown:
+            raise InputError(f"unknown flags {unknown[1]}; --help-all lists those known") from e
+        raise InputError(f"chunkft sft: {one_line(e)}") from e
+    return Job(
+        script, training, model, mixture, chunk, given, shlex.join(["chunkft", "sft", *words])
+    )
+
+
+def _split_config(word: str) -> list[str]:
+    """TRL's parser looks for `--config` and its value as two words."""
+    return word.split("=", 1) if word.startswith("--config=") else [word]
 
 
 def _sft_parser() -> Any:
@@ -176,14 +192,23 @@ def _sft_parser() -> Any:
 
 
 def _given(words: Sequence[str]) -> set[str]:
-    """Names of the settings on the command line and in the config file."""
+    """Names of the settings on the command line and in the config file.
+
+    Raises:
+        InputError: a config file without a name, or of something else than settings.
+    """
+    import yaml
+
     names = {w[2:].split("=")[0].replace("-", "_") for w in words if w.startswith("--")}
     if "config" in names:
-        import yaml
-
-        path = words[list(words).index("--config") + 1]
-        with open(path) as f:
-            names |= set(yaml.safe_load(f) or {})
+        following = list(words)[list(words).index("--config") + 1 :]
+        if not following or following[0].startswith("--"):
+            raise InputError("--config needs the path of a YAML file")
+        with open(following[0]) as f:
+            settings = yaml.safe_load(f) or {}
+        if not isinstance(settings, dict):
+            raise InputError(f"--config {following[0]}: needs lines of `name: value`")
+        names |= set(settings)
     return names
 
 

@@ -5,6 +5,11 @@ wrong while it ran), so code that knows nothing of chunkft catches them as it wo
 A message carries the value, the bound and the cure.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+TOLD = 400  # characters of another package's message
+
 
 class ChunkFTError(Exception):
     """Root of the tree."""
@@ -48,3 +53,34 @@ class ContaminationError(ChunkFTError, RuntimeError):
 
 class CheckpointError(ChunkFTError, RuntimeError):
     """A checkpoint is torn, or belongs to another run."""
+
+
+# what transformers, trl, peft and torch raise on settings that do not fit
+FOREIGN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@contextmanager
+def as_input_error(doing: str) -> Iterator[None]:
+    """Turn what another package raises while `doing` into an InputError of one line."""
+    try:
+        yield
+    except ChunkFTError:
+        raise
+    except FOREIGN as error:
+        raise InputError(f"{doing}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """What `error` says, or its type where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= TOLD else text[: TOLD - 3] + "..."

@@ -23,14 +23,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from chunkft.core import coverage, precision, resume
 from chunkft.core import groups as groups_
+from chunkft.core.checks import check_settings
 from chunkft.core.partition import Partition, Slice, cut
 from chunkft.core.partition import Tensor as Shape
 from chunkft.core.schedule import Schedule
 from chunkft.core.store import State, Store, nbytes
 from chunkft.core.working_set import Leaf, WorkingSet, refuse_parallel
 from chunkft.errors import InputError, NonFiniteGradientError, UnsupportedError
-
-MOMENTS = ("persist", "reset", "decay")
 
 
 class ChunkedOptimizer(torch.optim.Optimizer):
@@ -51,7 +50,9 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         master: "auto" or "fp32" keep an exact fp32 master of 16-bit weights, "none" rounds
             after every step. The rule always computes in fp32.
         max_grad_norm: clip the active chunk to max_grad_norm * sqrt(its elements / all elements),
-            so that the setting means the same at every K. None does not clip.
+            so that the setting means the same at every K. None does not clip. Clipping of
+            `model.parameters()`, which Trainer does by default (its max_grad_norm=1.0), finds no
+            gradient there: set it here, and 0 there.
         seed: of the shuffled order.
         **optimizer_kwargs: of `optimizer_class`, such as lr.
 
@@ -80,17 +81,9 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         **optimizer_kwargs: Any,
     ):
+        counts, choices = (chunks, interval), (moments, master)
+        check_settings(model, optimizer_class, counts, choices, max_grad_norm)
         refuse_parallel(model)
-        for name, value, known in (
-            ("moments", moments, MOMENTS),
-            ("master", master, precision.MASTERS),
-        ):
-            if value not in known:
-                raise InputError(f"{name}={value!r} is not one of {', '.join(known)}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise InputError(f"max_grad_norm={max_grad_norm} must be above 0; None does not clip")
-        if issubclass(optimizer_class, torch.optim.LBFGS):
-            raise InputError("LBFGS needs the gradient of every parameter at once: no chunks")
         self._working_set = WorkingSet(model)
         self._weights = self._working_set.parameters
         costs = [
@@ -455,6 +448,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             "steps": self._steps,
             "schedule": dict(self.schedule.__dict__),
             "layout": self.layout,
+            "rule": type(self._inner).__name__,
             "shapes": {name: list(shape) for name, shape in self.partition.shapes.items()},
             "partition": [[list(piece) for piece in chunk] for chunk in self.partition],
             "state": state,
@@ -473,7 +467,9 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         Raises:
             StateError: it belongs to another model, or a value cannot be cut (named).
         """
-        saved = resume.check(state_dict, self.partition.shapes, self._names_by_group())
+        saved = resume.check(
+            state_dict, type(self._inner).__name__, self.partition.shapes, self._names_by_group()
+        )
         same_cut = (saved.schedule.chunks, saved.layout) == (self.schedule.chunks, self.layout)
         self.train()
         if same_cut:

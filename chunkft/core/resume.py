@@ -54,18 +54,24 @@ def gather(state: SavedState, chunk: Chunk, book: Book, kept: State) -> None:
 
 def check(
     state_dict: Mapping[str, Any],
+    rule: str,
     shapes: Mapping[str, tuple[int, ...]],
     groups: Sequence[Sequence[str]],
 ) -> Saved:
     """Read a state_dict of this model.
 
     Raises:
-        StateError: it is none of ours, or of another model.
+        StateError: it is none of ours, of another rule, or of another model.
     """
     if state_dict.get("format") != FORMAT:
         raise StateError(
             f"state format {state_dict.get('format')!r} is not {FORMAT}: this is not a state of "
             f"ChunkedOptimizer"
+        )
+    if state_dict["rule"] != rule:
+        raise StateError(
+            f"the state is of {state_dict['rule']}, the optimizer runs {rule}: its values mean "
+            f"something else; resume with {state_dict['rule']}"
         )
     theirs = {name: tuple(shape) for name, shape in state_dict["shapes"].items()}
     for name in [*shapes, *theirs]:

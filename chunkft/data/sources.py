@@ -94,7 +94,8 @@ def _drawn(dataset: Dataset, size: int | None, seed: int, source: str) -> Datase
 def _from_file(path: Path, split: str, text_field: str) -> Dataset:
     if split != "train":
         raise InputError(
-            f"{path}: a file has no split {split!r}, all of it is 'train'; name a file for it"
+            f"{path}: a file has no split {split!r}, all of it is 'train'; name a folder with "
+            f"train{path.suffix} and {split}{path.suffix}"
         )
     if path.suffix.lower() not in READERS:
         raise InputError(f"{path}: unknown kind {path.suffix!r}; needed is {UNDERSTOOD}")

@@ -24,7 +24,7 @@ from urllib.parse import parse_qsl
 
 from datasets import Dataset
 
-from chunkft.errors import InputError
+from chunkft.errors import InputError, one_line
 
 PREFIX = "reasoning-gym:"
 WINDOW = 1_000_003  # items from one seed to the next
@@ -157,7 +157,7 @@ class ReasoningGymTask:
         try:
             self._dataset(1, 0)
         except (AssertionError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise InputError(f"{self} is refused by the task: {_one_line(error)}") from error
+            raise InputError(f"{self} is refused by the task: {one_line(error)}") from error
 
 
 def questions(records: Dataset) -> Iterator[str]:
@@ -192,7 +192,7 @@ def _tasks() -> dict[str, Any]:
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise InputError(
-            f"{PREFIX}<task> needs reasoning-gym ({_one_line(error)}): pip install reasoning-gym"
+            f"{PREFIX}<task> needs reasoning-gym ({one_line(error)}): pip install reasoning-gym"
         ) from error
     return DATASETS
 
@@ -214,8 +214,3 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

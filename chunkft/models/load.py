@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from chunkft.errors import InputError
+from chunkft.errors import InputError, one_line
 from chunkft.models.gguf import EMBEDDED, converted, embedded_file
 from chunkft.models.tokens import choose_pad_token, pad_overrides
 
@@ -31,7 +32,7 @@ DEFAULT_CACHE = Path("~/.cache/chunkft")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 SHARED = ("token", "local_files_only", "subfolder")  # what config and tokenizer need to know too
-UNLOADABLE = (OSError, ValueError, ImportError, SafetensorError)
+UNLOADABLE = (OSError, TypeError, ValueError, ImportError, SafetensorError)
 
 
 def load_model(
@@ -76,7 +77,7 @@ def load_model(
             place, dtype=_dtype(dtype), **hub, **changes, **kwargs
         )
     except UNLOADABLE as error:
-        raise InputError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"model {name!r} cannot be loaded: {one_line(error)}") from error
     if model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
@@ -118,15 +119,19 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
 
 
 def _unknown(name: str, error: Exception | None = None) -> str:
-    tried = f"; the hub or its cache says: {_first_line(error)}" if error else ""
+    tried = f"; the hub or its cache says: {one_line(error)}" if error else ""
     if error and Path(name).expanduser().exists():
-        tried = f"; its config says: {_first_line(error)}"
+        tried = f"; its config says: {one_line(error)}"
     return (
         f"unknown model {name!r}: tried as {EMBEDDED}, .gguf file, folder and hub id{tried}; "
         f"check the spelling, or give a local path or {EMBEDDED}"
     )
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """Positions that `model` has a learned vector for, or None where it computes them."""
+    names = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith(names):
+            return getattr(model.config, "max_position_embeddings", module.num_embeddings)
+    return None

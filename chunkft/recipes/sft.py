@@ -28,12 +28,12 @@ from trl import (
 )
 
 from chunkft.core.optimizer import ChunkedOptimizer
-from chunkft.data.lengths import check_lengths
+from chunkft.data.lengths import Lengths, check_lengths
 from chunkft.data.packing import check_isolation
 from chunkft.data.sources import load_records
 from chunkft.data.tasks import PREFIX, ReasoningGymTask
-from chunkft.errors import InputError
-from chunkft.models.load import load_model
+from chunkft.errors import InputError, as_input_error
+from chunkft.models.load import learned_positions, load_model
 from chunkft.models.losses import install_head
 from chunkft.train import checkpoints, report
 from chunkft.train.config import (
@@ -41,12 +41,14 @@ from chunkft.train.config import (
     Rotation,
     choose_learning_rate,
     choose_rotation,
+    longest_visit,
 )
 from chunkft.train.scoring import Solved, solve
 from chunkft.train.trainer import (
     CheckpointCallback,
     RunCallback,
     build_optimizer,
+    check_schedule,
     peak_memory_gib,
     planned_steps,
     watch,
@@ -55,7 +57,6 @@ from chunkft.train.trainer import (
 DEFAULT_MODEL = "smollm2-135m"
 SAMPLE = 64  # training records whose loss is told before and after when nothing is held out
 METRICS = "metrics.json"
-BEFORE = "before.json"
 RESUME = "--resume_from_checkpoint"
 
 
@@ -89,8 +90,12 @@ class ChunkSFTTrainer(SFTTrainer):
     run: RunCallback | None = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.run is not None:
-            self.run.extend(logs)
+        if self.run is None:
+            # the numbers before and after are told by the report; a tracker that is asked before
+            # training begins does not know its folder yet
+            self._metrics["eval"].clear()
+            return
+        self.run.extend(logs)
         super().log(logs, start_time)
 
     def tokens_seen(self) -> float:
@@ -105,26 +110,19 @@ def run(job: Job) -> int:
     """
     args, out = job.training, Path(str(job.training.output_dir))
     _check(job)
-    resume = args.resume_from_checkpoint
-    checkpoints.prepare_output(out, resuming=resume is not None)
-    found, torn = checkpoints.to_resume(str(resume), out) if resume else (None, [])
-    for line in torn:
-        print(f"warning: {line}; passed over", flush=True)
-    if resume:
-        print(f"resuming from {found}" if found else f"no checkpoint in {out} yet: from the start")
-    data = _load_data(job)
-    model, tokenizer = load_model(
-        job.model.model_name_or_path or DEFAULT_MODEL,
-        dtype=job.model.dtype or "bfloat16",
-        attn_implementation=job.model.attn_implementation,
-        revision=job.model.model_revision,
-        trust_remote_code=args.trust_remote_code,
-        cache_dir=Path(job.chunk.cache_dir).expanduser(),
-        **_loading(job),
-    )
-    _check_lengths(data.train, tokenizer, args)
-    trainer = _build_trainer(job, data, model, tokenizer)
-    optimizer = _build_chunks(job, trainer)
+    found = _prepare(args.resume_from_checkpoint, out)
+    with as_input_error("loading"):
+        data = _load_data(job)
+        model, tokenizer = load_model(
+            job.model.model_name_or_path or DEFAULT_MODEL,
+            trust_remote_code=args.trust_remote_code,
+            cache_dir=Path(job.chunk.cache_dir).expanduser(),
+            **_loading(job),
+        )
+        _check_lengths(data.train, model, tokenizer, args)
+    with as_input_error("building the trainer"):
+        trainer = _build_trainer(job, data, model, tokenizer)
+        optimizer = _build_chunks(job, trainer, found)
     saves = CheckpointCallback(out, args.save_total_limit)
     watching = RunCallback(optimizer, trainer.tokens_seen)
     watch(trainer, watching, saves)
@@ -133,15 +131,18 @@ def run(job: Job) -> int:
     before, answers = _before(out, trainer, data, job.chunk.score_samples, fresh=found is None)
     trainer.run = watching
     trainer.train(resume_from_checkpoint=None if found is None else str(found))
-    if saves.stopped_by:
-        print(f"stopped by {saves.stopped_by}; go on with:\n  {_resume_line(job.command)}")
+    trainer.run = None
+    if saves.stopped_by and trainer.state.global_step < trainer.state.max_steps:
+        print(f"stopped by {saves.stopped_by}; {_how_to_go_on(job.command, out)}")
         return 128 + signal.Signals[saves.stopped_by]
-    audit, sizes = optimizer.audit(), optimizer.nbytes
+    sizes = optimizer.nbytes
     optimizer.detach()
     model.config.use_cache = True  # training switched it off
+    # before anything that may fail or be interrupted
+    trainer.save_model(str(out))
+    audit = optimizer.audit()
     after, solved = _evaluate(trainer, data, job.chunk.score_samples)
     undo_head()
-    trainer.save_model(str(out))
     outcome = report.Outcome(
         command=job.command,
         settings=_settings(job, optimizer),
@@ -164,6 +165,18 @@ def run(job: Job) -> int:
     return 0
 
 
+def _prepare(setting: str | bool | None, out: Path) -> Path | None:
+    """Look at the output directory; returns the checkpoint to go on from."""
+    resume = None if setting is None else str(setting)  # YAML has true and false
+    found, torn = checkpoints.to_resume(resume, out)
+    checkpoints.prepare_output(out, found, checkpoints.wanted(resume))
+    for line in torn:
+        print(f"warning: {line}; passed over", flush=True)
+    if checkpoints.wanted(resume):
+        print(f"resuming from {found}" if found else f"no checkpoint in {out} yet: from the start")
+    return found
+
+
 def _check(job: Job) -> None:
     if job.chunk.method == "chunk" and job.model.use_peft:
         raise InputError(
@@ -175,6 +188,12 @@ def _check(job: Job) -> None:
             "--load_in_4bit and --load_in_8bit freeze the weights, so there is nothing to train; "
             "leave them out, or add --use_peft --method full"
         )
+    idle = {"chunks", "interval", "layout", "order", "moments"} & job.given
+    if job.chunk.method == "full" and idle:
+        names = " ".join(f"--{name}" for name in sorted(idle))
+        print(f"warning: {names} without effect: --method full trains all weights at once")
+    if job.mixture.datasets and job.script.dataset_name:
+        print(f"warning: --dataset_name {job.script.dataset_name} without effect beside datasets")
     if job.script.dataset_streaming:
         print("warning: --dataset_streaming has no effect, records are read whole")
     args = job.training
@@ -192,12 +211,16 @@ def _check(job: Job) -> None:
 
 
 def _loading(job: Job) -> dict[str, Any]:
-    """What else goes to `from_pretrained`."""
-    more = job.training.model_init_kwargs
-    kwargs = dict(more) if isinstance(more, dict) else {}
+    """Arguments of `load_model`; those in --model_init_kwargs come last, as in TRL."""
+    kwargs: dict[str, Any] = {
+        "dtype": job.model.dtype or "bfloat16",
+        "attn_implementation": job.model.attn_implementation,
+        "revision": job.model.model_revision,
+    }
     if quantization := get_quantization_config(job.model):
         kwargs["quantization_config"] = quantization
-    return kwargs
+    more = job.training.model_init_kwargs
+    return kwargs | (more if isinstance(more, dict) else {})
 
 
 def _load_data(job: Job) -> Data:
@@ -228,28 +251,38 @@ def _load_data(job: Job) -> Data:
     return Data(train, held_out)
 
 
-def _check_lengths(records: Any, tokenizer: Any, args: SFTConfig) -> None:
+def _check_lengths(records: Any, model: PreTrainedModel, tokenizer: Any, args: SFTConfig) -> None:
     """Say what max_length cuts off; on a sample first, on all if all of it is too long."""
 
     def tokens(record: dict[str, Any]) -> dict[str, list[int]]:
-        turns = record.get("messages") or record.get("prompt", [])
+        turns = record.get("messages") or record.get("prompt")
         if isinstance(turns, list):
             turns = turns + (record.get("completion") or [])
             return {"input_ids": tokenizer.apply_chat_template(turns, return_dict=False)}
         field = args.dataset_text_field
         text = record[field] if field in record else record["prompt"] + record["completion"]
-        return {"input_ids": tokenizer(text)["input_ids"]}
+        # TRL ends what is no conversation with eos
+        end = "" if text.endswith(tokenizer.eos_token) else tokenizer.eos_token
+        return {"input_ids": tokenizer(text + end)["input_ids"]}
 
     split = args.packing and args.packing_strategy == "bfd_split"
     truncation = "split" if split else "keep_start"
-    for count in (min(1000, len(records)), len(records)):
+
+    def look(count: int) -> Lengths:
         sample = records.select(range(count)).map(tokens, desc="measuring lengths")
-        try:
-            check_lengths(sample, args.max_length, truncation=truncation)
-            return
-        except InputError:
-            if count == len(records):
-                raise
+        return check_lengths(sample, args.max_length, truncation=truncation)
+
+    try:
+        found = look(min(1000, len(records)))
+    except InputError:
+        found = look(len(records))
+    longest = min(found.longest, args.max_length or found.longest)
+    reach = learned_positions(model)
+    if reach is not None and longest > reach:
+        raise InputError(
+            f"records of {longest} tokens, but {type(model).__name__} knows {reach} positions; use "
+            f"--max_length {reach}"
+        )
 
 
 def _build_trainer(job: Job, data: Data, model: PreTrainedModel, tokenizer: Any) -> ChunkSFTTrainer:
@@ -269,20 +302,34 @@ def _build_trainer(job: Job, data: Data, model: PreTrainedModel, tokenizer: Any)
         peft_config=get_peft_config(job.model),
     )
     check_lengths(trainer.train_dataset, None)  # pyright: ignore[reportArgumentType]
+    left = len(train) - len(trainer.train_dataset)  # pyright: ignore[reportArgumentType]
+    if left > 0 and not args.packing:
+        print(
+            f"warning: {left} of {len(train)} records have no token to learn within --max_length "
+            f"{args.max_length} and are left out"
+        )
     if args.packing or args.padding_free:
         check_isolation(model, collator=trainer.data_collator)  # pyright: ignore[reportArgumentType]
     return trainer
 
 
-def _build_chunks(job: Job, trainer: ChunkSFTTrainer) -> ChunkedOptimizer:
+def _build_chunks(job: Job, trainer: ChunkSFTTrainer, found: Path | None) -> ChunkedOptimizer:
+    """The optimizer; what nobody set comes from the checkpoint `found`, else from our rules."""
+    args, steps = trainer.args, planned_steps(trainer)
+    kept = checkpoints.kept(found) if found else None
     rotation = Rotation(1, 1)  # dense training with an fp32 master is one chunk
     if job.chunk.method == "chunk":
-        steps = planned_steps(trainer)
-        assert trainer.model is not None
-        elements = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        rotation = choose_rotation(job.chunk.chunks, job.chunk.interval, steps, elements)
+        rotation = _rotation(job, trainer, steps, kept)
         if "learning_rate" not in job.given:
-            trainer.args.learning_rate = choose_learning_rate(rotation.chunks, job.chunk.layout)
+            args.learning_rate = choose_learning_rate(rotation.chunks, job.chunk.layout)
+    if kept:
+        if "learning_rate" in job.given and args.learning_rate != kept.learning_rate:
+            print(
+                f"warning: --learning_rate {args.learning_rate:g} without effect: the schedule "
+                f"goes on from {kept.learning_rate:g}, as it was saved"
+            )
+        args.learning_rate = kept.learning_rate
+    check_schedule(args, steps)
     optimizer = build_optimizer(trainer, job.chunk, rotation)
     sizes = optimizer.partition.sizes()
     print(
@@ -292,6 +339,20 @@ def _build_chunks(job: Job, trainer: ChunkSFTTrainer) -> ChunkedOptimizer:
         flush=True,
     )
     return optimizer
+
+
+def _rotation(
+    job: Job, trainer: ChunkSFTTrainer, steps: int, kept: checkpoints.Kept | None
+) -> Rotation:
+    chunks, interval = job.chunk.chunks, job.chunk.interval
+    if kept and kept.chunks > 1:  # one chunk was dense training
+        if chunks is None and interval is None:
+            return Rotation(kept.chunks, kept.interval)
+        chunks, interval = chunks or kept.chunks, interval or kept.interval
+    assert trainer.model is not None
+    elements = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    longest = longest_visit(job.chunk.layout, job.chunk.store)
+    return choose_rotation(chunks, interval, steps, elements, longest)
 
 
 def _evaluate(
@@ -317,7 +378,7 @@ def _before(
     out: Path, trainer: ChunkSFTTrainer, data: Data, score_samples: int, fresh: bool
 ) -> tuple[dict[str, float], list[str]]:
     """The numbers before training; a resumed run reads those of its beginning."""
-    path = out / BEFORE
+    path = out / checkpoints.BEFORE
     if not fresh and path.exists():
         kept = json.loads(path.read_text())
         return kept["numbers"], kept["answers"]
@@ -346,13 +407,13 @@ def _settings(job: Job, optimizer: ChunkedOptimizer) -> dict[str, Any]:
     return {
         "model": job.model.model_name_or_path or DEFAULT_MODEL,
         "dtype": job.model.dtype,
-        "data": job.script.dataset_name,
+        "data": [d.path or d.data_files for d in job.mixture.datasets] or job.script.dataset_name,
         "method": job.chunk.method,
         "chunks": optimizer.schedule.chunks,
         "interval": optimizer.schedule.interval,
         "layout": job.chunk.layout,
         "order": job.chunk.order,
-        "moments": job.chunk.moments,
+        "moments": optimizer.moments,
         "store": job.chunk.store,
         "optim": str(getattr(args.optim, "value", args.optim)),
         "learning_rate": args.learning_rate,
@@ -391,6 +452,13 @@ def _tell(outcome: report.Outcome, path: Path) -> None:
     for key, value in outcome.after.items():
         print(f"{key}: {outcome.before.get(key, float('nan')):.4f} -> {value:.4f}")
     print(f"peak memory {outcome.peak_gib:.2f} GiB; report: {path}")
+
+
+def _how_to_go_on(command: str, out: Path) -> str:
+    found, _ = checkpoints.last_whole(out)
+    if found is None or not (found / checkpoints.STATE).exists():
+        return "it cannot go on: no checkpoint has the optimizer's state (--save_only_model)"
+    return f"go on with:\n  {_resume_line(command)}"
 
 
 def _resume_line(command: str) -> str:

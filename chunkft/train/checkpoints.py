@@ -3,6 +3,9 @@
 Trainer writes a checkpoint file by file. When all are there and on disk, a manifest with the size
 and the ends of every file is put beside them by rename, so a checkpoint without a fitting manifest
 is one that a kill interrupted. Older checkpoints are deleted only after that.
+
+A directory is a run's by its `before.json`, which a run writes before its first step. In any other
+nothing is written unless it is empty.
 """
 
 import json
@@ -11,10 +14,17 @@ import re
 import shutil
 import zlib
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from chunkft.errors import CheckpointError, InputError
 
 MANIFEST = "chunkft_manifest.json"
+BEFORE = "before.json"
+STATE = "optimizer.pt"
+UNFINISHED = "was never finished (no manifest)"
+NEWEST, NEVER = ("true", "last", "latest", "1", "yes"), ("", "false", "0", "no", "none")
 ENDS = 1 << 20  # bytes looked at on either end of a file
 
 
@@ -39,7 +49,7 @@ def fault(folder: Path) -> str | None:
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
     except FileNotFoundError:
-        return "was never finished (no manifest)"
+        return UNFINISHED
     except (ValueError, KeyError):
         return "has a broken manifest"
     for name, seen in files.items():
@@ -69,7 +79,7 @@ def last_whole(run: Path, upto: Path | None = None) -> tuple[Path | None, list[s
     return None, torn
 
 
-def to_resume(setting: str, run: Path) -> tuple[Path | None, list[str]]:
+def to_resume(setting: str | None, run: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint that `--resume_from_checkpoint setting` means, and the torn ones passed over.
 
     `true` and `last` mean the newest whole one in the output directory, or the beginning when the
@@ -77,22 +87,56 @@ def to_resume(setting: str, run: Path) -> tuple[Path | None, list[str]]:
 
     Raises:
         InputError: a path that does not exist.
-        CheckpointError: neither it nor an older one is whole.
+        CheckpointError: neither it nor an older one is whole, or it holds the model only.
     """
-    if setting.lower() in ("true", "last", "latest", "1", "yes"):
-        return last_whole(run)
-    folder = Path(setting)
-    if not folder.is_dir():
+    if not wanted(setting):
+        return None, []
+    assert setting is not None
+    newest, folder = setting.lower() in NEWEST, Path(setting)
+    if newest:
+        found, torn = last_whole(run)
+    elif not folder.is_dir():
         raise InputError(f"--resume_from_checkpoint {setting}: no such folder; use 'last'")
-    if not re.fullmatch(r"checkpoint-\d+", folder.name):
-        found, torn = last_whole(folder)
-    else:
+    elif re.fullmatch(r"checkpoint-\d+", folder.name):
         found, torn = last_whole(folder.parent, upto=folder)
-    if found is None:
+    else:
+        found, torn = last_whole(folder)
+    # a kill leaves one unfinished checkpoint at most
+    killed_early = newest and (not torn or (len(torn) == 1 and UNFINISHED in torn[0]))
+    if found is None and not killed_early:
         raise CheckpointError(
-            f"no whole checkpoint in {setting}: {'; '.join(torn) or 'it holds none'}"
+            f"no whole checkpoint in {run if newest else setting}: "
+            f"{'; '.join(torn) or 'it holds none'}"
+        )
+    if found is not None and not (found / STATE).exists():
+        raise CheckpointError(
+            f"{found} holds the model only (--save_only_model), no optimizer state to go on with; "
+            f"start a new run with --model_name_or_path {found} and an empty --output_dir"
         )
     return found, torn
+
+
+def wanted(setting: str | None) -> bool:
+    """Whether `--resume_from_checkpoint setting` asks for anything; YAML may say false."""
+    return setting is not None and setting.lower() not in NEVER
+
+
+class Kept(NamedTuple):
+    """What a checkpoint's optimizer goes on with."""
+
+    chunks: int
+    interval: int
+    learning_rate: float
+    """Of the schedule's beginning."""
+
+
+def kept(found: Path) -> Kept:
+    """Rotation and learning rate of the run that wrote `found`; reads no tensor."""
+    state = torch.load(found / STATE, map_location="cpu", mmap=True, weights_only=True)
+    schedule, group = state["schedule"], state["param_groups"][0]
+    return Kept(
+        schedule["chunks"], schedule["interval"], float(group.get("initial_lr", group["lr"]))
+    )
 
 
 def rotate(run: Path, keep: int | None, best: str | None) -> None:
@@ -105,11 +149,15 @@ def rotate(run: Path, keep: int | None, best: str | None) -> None:
             shutil.rmtree(folder)
 
 
-def prepare_output(run: Path, resuming: bool) -> None:
-    """Make the output directory, and refuse one that holds another run.
+def prepare_output(run: Path, found: Path | None, resuming: bool) -> None:
+    """Make the output directory, and refuse one in which something could be overwritten.
+
+    Args:
+        found: the checkpoint to go on from, if any.
+        resuming: whether to go on was asked for.
 
     Raises:
-        InputError: it is not empty and the run does not resume, or cannot be written.
+        InputError: it holds what is not this run's, or cannot be written.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -120,11 +168,24 @@ def prepare_output(run: Path, resuming: bool) -> None:
         raise InputError(
             f"--output_dir {run}: {e.strerror or e}; name a directory you can write"
         ) from e
-    if not resuming and any(run.iterdir()):
+    inside = {path.name for path in run.iterdir()}
+    if not inside or (found is not None and found.resolve().parent == run.resolve()):
+        return
+    # what a run leaves that stopped before its first step or was killed before its checkpoint
+    early = {BEFORE, "runs"}
+    if resuming and found is None:
+        early |= {"README.md", *(path.name for path in checkpoints(run))}
+    if BEFORE in inside and inside <= early:
+        return
+    if any(fault(path) is None for path in checkpoints(run)):
         raise InputError(
             f"--output_dir {run} holds another run; add --resume_from_checkpoint last to go on "
             f"with it, or name an empty directory"
         )
+    raise InputError(
+        f"--output_dir {run} holds {min(inside - {BEFORE})} and no checkpoint to go on from; name "
+        f"an empty directory"
+    )
 
 
 def _look(path: Path) -> list[int]:

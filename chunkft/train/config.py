@@ -1,8 +1,9 @@
 """The settings of a run that are ours, and the rules that fill those nobody gave.
 
 Layout `spread`. K = 8, doubled while the fp32 gradient, master and two moments of a chunk exceed
-1 GiB, to 64 at most. T = 20 or what lets two cycles fit. Learning rate: TRL's times sqrt(K), twice
-that in `spread`. LOG.md says from which measurements.
+1 GiB, to 64 at most. T = 1 in `spread`; 20, or what lets two cycles fit, in `stream` and with state
+on disk. Moments decay while a chunk rests where the rule is AdamW. Learning rate: TRL's times
+sqrt(K), twice that in `spread`. LOG.md says from which measurements.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from chunkft.errors import InputError
 
 FEWEST_CHUNKS, MOST_CHUNKS = 8, 64
 BYTES_PER_ELEMENT, WORKING_BYTES = 16, 2**30
-DEFAULT_INTERVAL = 20
+LONG_VISIT = 20
 DENSE_LEARNING_RATE = 2e-5  # TRL's default for dense AdamW
 
 # optimizers that need every gradient, or the model, at once
@@ -39,7 +40,9 @@ class ChunkArguments:
         f"{MOST_CHUNKS} until a chunk works in 1 GiB; fewer in short runs).",
     )
     interval: int | None = setting(
-        None, "T, optimizer steps of a visit to a chunk (default: as many as let two cycles fit)."
+        None,
+        f"T, optimizer steps of a visit to a chunk (default 1; in stream or with a store on disk "
+        f"{LONG_VISIT}, or what lets two cycles fit).",
     )
     layout: str = setting(
         "spread",
@@ -47,9 +50,10 @@ class ChunkArguments:
         choices=["spread", "stream"],
     )
     order: str = setting("cyclic", "Order of visits.", choices=["cyclic", "shuffled", "reversed"])
-    moments: str = setting(
-        "persist",
-        "Optimizer state between visits: persist, reset, or decay (first moment by beta1 a step).",
+    moments: str | None = setting(
+        None,
+        "Optimizer state between visits: persist, reset, or decay (first moment by beta1 a step; "
+        "default with AdamW, else persist).",
         choices=["persist", "reset", "decay"],
     )
     store: str = setting("host", "Where resting state lives: host, device, or a directory on disk.")
@@ -68,10 +72,26 @@ class Rotation:
     interval: int
 
 
+def longest_visit(layout: str, store: str) -> int:
+    """The T to aim at: short visits learn better, long ones spare a disk.
+
+    Backward through a chunk of `stream` moves one stretch of layers, which gains from staying.
+    """
+    return 1 if layout == "spread" and store in ("host", "device") else LONG_VISIT
+
+
+def choose_moments(optim: str) -> str:
+    """`decay` where the rule's first moment is one that we know how to scale."""
+    return "decay" if "adamw" in optim and "schedule_free" not in optim else "persist"
+
+
 def choose_rotation(
-    chunks: int | None, interval: int | None, steps: int, parameters: int
+    chunks: int | None, interval: int | None, steps: int, parameters: int, longest: int
 ) -> Rotation:
     """K and T such that two cycles fit into `steps` optimizer steps.
+
+    Args:
+        chunks: as given, or None.  interval: as given, or None, which takes `longest` at most.
 
     Raises:
         InputError: a value below 1, or given values under which weights would never move.
@@ -83,7 +103,7 @@ def choose_rotation(
     while fitting < MOST_CHUNKS and parameters / fitting * BYTES_PER_ELEMENT > WORKING_BYTES:
         fitting *= 2
     k = chunks or max(1, min(fitting, steps // (2 * (interval or 1))))
-    t = interval or max(1, min(DEFAULT_INTERVAL, steps // (2 * k)))
+    t = interval or max(1, min(longest, steps // (2 * k)))
     if k * t > steps:
         raise InputError(
             f"--chunks {k} --interval {t} needs {k * t} steps for one cycle and the run has "

@@ -68,7 +68,7 @@ def write(folder: Path, outcome: Outcome) -> Path:
 def _numbers(outcome: Outcome) -> list[str]:
     rows = [f"| {k} | {outcome.before[k]:.4f} | {outcome.after.get(k, float('nan')):.4f} |"
             for k in outcome.before]  # fmt: skip
-    table = ["| held out | before | after |", "|---|---|---|", *rows, ""] if rows else []
+    table = ["| measure | before | after |", "|---|---|---|", *rows, ""] if rows else []
     speed = f"{outcome.audit.steps} optimizer steps, {outcome.seconds:.0f} s in this session."
     return ["## Before and after", "", *table, speed, ""]
 

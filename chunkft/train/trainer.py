@@ -17,14 +17,21 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    get_scheduler,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.core.store import GIB
 from chunkft.errors import ChunkFTError, InputError, UnsupportedError
 from chunkft.train import checkpoints
-from chunkft.train.config import ChunkArguments, Rotation, refuse_optimizer
+from chunkft.train.config import ChunkArguments, Rotation, choose_moments, refuse_optimizer
 
 if sys.platform == "win32":
     import psutil  # comes with accelerate
@@ -37,8 +44,33 @@ class NonFiniteLossError(ChunkFTError, RuntimeError):
 
 
 def planned_steps(trainer: Trainer) -> int:
-    """Optimizer steps that `trainer.train()` will take."""
-    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    """Optimizer steps that `trainer.train()` will take.
+
+    Raises:
+        InputError: none, because the records do not fill a batch.
+    """
+    batches = trainer.get_train_dataloader()
+    steps = trainer.set_initial_training_values(trainer.args, batches)[-1]
+    if not len(batches) or steps < 1:
+        raise InputError(
+            f"{len(batches.dataset)} records make {len(batches)} batches of "  # pyright: ignore[reportArgumentType]
+            f"{trainer.args.train_batch_size} and {steps} steps: nothing would be trained; use a "
+            f"smaller batch, more records or steps, or leave --dataloader_drop_last out"
+        )
+    return steps
+
+
+def check_schedule(args: TrainingArguments, steps: int) -> None:
+    """Build the learning rate's schedule once for nothing: it fails now or in Trainer's loop."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+    kind, kwargs = args.lr_scheduler_type, args.lr_scheduler_kwargs
+    get_scheduler(
+        kind,
+        optimizer,
+        args.get_warmup_steps(steps),
+        steps,
+        kwargs if isinstance(kwargs, dict) else None,
+    )
 
 
 def build_optimizer(
@@ -52,7 +84,8 @@ def build_optimizer(
     """
     args, model = trainer.args, trainer.model
     assert isinstance(model, torch.nn.Module)
-    refuse_optimizer(str(getattr(args.optim, "value", args.optim)), args.deepspeed)
+    optim = str(getattr(args.optim, "value", args.optim))
+    refuse_optimizer(optim, args.deepspeed)
     if args.n_gpu > 1 or args.world_size > 1:
         raise UnsupportedError(
             f"{args.n_gpu} GPUs visible, {args.world_size} processes: chunks are not synchronised "
@@ -75,7 +108,7 @@ def build_optimizer(
         interval=rotation.interval,
         layout=settings.layout,
         order=settings.order,
-        moments=settings.moments,
+        moments=settings.moments or choose_moments(optim),
         store=settings.store,
         max_grad_norm=args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None,
         seed=args.seed,
@@ -103,8 +136,10 @@ class RunCallback(TrainerCallback):
         self.optimizer, self.tokens = optimizer, tokens
         self.bar: Any = None
         self.step_seconds: list[float] = []
-        self._clock, self._counted = 0.0, 0.0
+        """Forward, backward and update of each step; evaluation and saving are not in it."""
         self.seconds = 0.0
+        """From the first step to the end, all in."""
+        self._counted, self._logged = 0.0, 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -112,32 +147,32 @@ class RunCallback(TrainerCallback):
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step"
         )
-        self._clock = self._begin = time.perf_counter()
-        self._counted = self.tokens()
-        self._stepped = self._clock
+        self._counted, self._begin = self.tokens(), time.perf_counter()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._step_began = time.perf_counter()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.bar.update(state.global_step - self.bar.n)
-        now = time.perf_counter()
-        self.step_seconds.append(round(now - self._stepped, 4))
-        self._stepped = now
+        self.step_seconds.append(round(time.perf_counter() - self._step_began, 4))
 
     def extend(self, logs: dict[str, float]) -> None:
         """Add what only we know to a training log, before anybody sees it."""
         loss = logs.get("loss")
         if loss is None:
             return
-        now, tokens = time.perf_counter(), self.tokens()
-        schedule, done = self.optimizer.schedule, self.optimizer.steps
+        tokens, done = self.tokens(), self.optimizer.steps
+        schedule, seconds = self.optimizer.schedule, sum(self.step_seconds[self._logged :])
         logs["grad_norm"] = self.optimizer.grad_norm or 0.0
         logs["chunk"] = schedule.chunk(done - 1)
         logs["cycle"] = schedule.cycle(done)
-        logs["tokens_per_second"] = round((tokens - self._counted) / (now - self._clock), 1)
+        logs["tokens_per_second"] = round((tokens - self._counted) / max(seconds, 1e-9), 1)
         logs["peak_gib"] = round(peak_memory_gib(), 3)
-        self._clock, self._counted = now, tokens
-        self.seconds = now - self._begin
+        self._counted, self._logged = tokens, len(self.step_seconds)
         if not math.isfinite(loss):
             raise NonFiniteLossError(
                 f"loss is {loss} at step {done}: stopped, the last checkpoint is intact; lower "
@@ -166,6 +201,7 @@ class RunCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        self.seconds = time.perf_counter() - self._begin
         self.bar.close()
 
 
@@ -195,6 +231,7 @@ class CheckpointCallback(TrainerCallback):
     ) -> TrainerControl:
         if self.stopped_by:
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # nobody waits for it, and "best" would save by it
         return control
 
     def on_save(

@@ -409,9 +409,14 @@ def accelerator() -> Iterator[Any]:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
+    def reset() -> None:  # they live as long as the process, with the last run's precision
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        PartialState._reset_state()
+
+    reset()
     yield Accelerator(cpu=True, gradient_accumulation_steps=2)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state(*([True] if state is AcceleratorState else []))
+    reset()
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])

@@ -432,12 +432,14 @@ def broken(state: dict[str, Any], how: str) -> dict[str, Any]:
     if how == "groups":
         names = state["param_groups"][0]["params"]
         return state | {"param_groups": [{"params": names[1:]}, {"params": names[:1]}]}
+    if how == "another rule":
+        return state | {"rule": "SGD"}
     if how == "format":
         return state | {"format": 99}
     return state | {"partition": state["partition"][1:]}
 
 
-@pytest.mark.parametrize("how", ["of torch", "groups", "format", "partition"])
+@pytest.mark.parametrize("how", ["of torch", "groups", "format", "another rule", "partition"])
 def test_a_state_that_is_none_of_ours_raises(how: str) -> None:
     model, optimizer = build(torch.float32)
     train(model, optimizer, 0, 5)

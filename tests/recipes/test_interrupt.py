@@ -60,6 +60,49 @@ def test_a_signal_saves_and_prints_the_line_that_resumes(
     assert same(tmp_path / "stopped", tmp_path / "whole")
 
 
+def test_a_signal_saves_whatever_else_decides_about_saving(
+    tiny_model, records, tmp_path, capsys, monkeypatch
+):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text(records.read_text())
+    words = command(tiny_model, folder, tmp_path / "run", 14, "--eval_strategy", "steps")
+    words += ["--eval_steps", "1", "--save_strategy", "best", "--metric_for_best_model", "loss"]
+    words += ["--greater_is_better", "true"]  # so that no evaluation after the first is the best
+    stock = CheckpointCallback.on_step_end
+
+    def interrupted(self, args, state, control, **more):
+        if state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return stock(self, args, state, control, **more)
+
+    monkeypatch.setattr(CheckpointCallback, "on_step_end", interrupted)
+    assert main(words) == 130
+    assert "go on with" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoint-4").exists()
+
+
+def test_what_was_trained_outlives_an_interrupted_evaluation(
+    tiny_model, records, tmp_path, capsys, monkeypatch
+):
+    from chunkft.recipes import sft
+
+    stock, calls = sft._evaluate, []
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) > 1:  # the first is before training
+            raise KeyboardInterrupt
+        return stock(*given)
+
+    monkeypatch.setattr(sft, "_evaluate", interrupted)
+    words = command(tiny_model, records, tmp_path / "run", 12, "--save_strategy", "no")
+    assert main(words) == 130
+    assert "stopped" in capsys.readouterr().err
+    assert not same(tmp_path / "run", tiny_model)
+
+
 @pytest.mark.slow
 def test_kill_9_at_ten_random_moments(tiny_model, records, tmp_path):
     steps, chance = 1200, random.Random(0)  # ten kills must fit in on a fast machine

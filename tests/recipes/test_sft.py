@@ -101,7 +101,8 @@ def test_packing_and_tensorboard(sft):
         "--packing", "--max_length", 96, "--report_to", "tensorboard", "--chunks", 2
     )
     assert code == 0
-    assert list(folder.rglob("events.out.tfevents*"))
+    (events,) = folder.rglob("events.out.tfevents*")
+    assert b"train/grad_norm" in events.read_bytes()
 
 
 def test_reasoning_gym_is_scored_before_and_after(sft):
@@ -112,6 +113,63 @@ def test_reasoning_gym_is_scored_before_and_after(sft):
     assert code == 0
     assert "exact-match accuracy" in out
     assert len(json.loads((folder / "metrics.json").read_text())["samples"]) == 3
+
+
+def test_text_records(sft, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"story": f"once {i} upon a time"}) for i in range(20)))
+    code, out, _, _ = sft("--dataset_text_field", "story", data=path)
+    assert code == 0, out
+
+
+def test_init_kwargs_overrule_flags_as_in_trl(sft):
+    kwargs = '{"attn_implementation": "eager", "dtype": "float32"}'
+    code, _, _, folder = sft("--model_init_kwargs", kwargs)
+    assert code == 0
+    assert weights(folder)["model.norm.weight"].dtype == torch.float32
+
+
+def test_records_that_lose_their_whole_completion_are_counted(sft, tmp_path):
+    path = tmp_path / "long.jsonl"
+    rows = [{"prompt": "a" * 60, "completion": "b"}] * 3 + [{"prompt": "a", "completion": "b"}] * 9
+    path.write_text("\n".join(map(json.dumps, rows)))
+    code, out, _, _ = sft("--max_length", 30, data=path)
+    assert code == 0
+    assert "3 of 12 records have no token to learn within --max_length 30 and are left out" in out
+
+
+def test_times_cover_the_run_and_steps_are_steps_alone(sft):
+    code, _, _, folder = sft("--logging_strategy", "no")
+    assert code == 0
+    found = json.loads((folder / "metrics.json").read_text())
+    assert len(found["step_seconds"]) == STEPS
+    assert found["seconds"] >= sum(found["step_seconds"]) - 1e-3 * STEPS > 0
+
+
+def test_a_longer_run_goes_on_with_its_rotation_and_rate(sft):
+    common = ["--save_steps", 4]
+    _, out, _, folder = sft(*common)
+    assert "in 4 chunks" in out
+    rate = json.loads((folder / "metrics.json").read_text())["history"][0]["learning_rate"]
+    more = ["--max_steps", 32, "--learning_rate", 0.5, "--resume_from_checkpoint"]
+    code, out, _, _ = sft(*common, *more)
+    assert code == 0
+    assert "in 4 chunks" in out
+    assert f"--learning_rate 0.5 without effect: the schedule goes on from {rate:g}" in out
+    assert f"| learning_rate | {rate:g} |" in (folder / "report.md").read_text()
+
+
+def test_another_rule_does_not_take_over_a_state(sft):
+    assert sft("--optim", "sgd", "--save_steps", 4)[0] == 0
+    code, _, err, _ = sft("--save_steps", 4, "--resume_from_checkpoint")
+    assert code == 2
+    assert "the state is of SGD, the optimizer runs AdamW" in err
+
+
+def test_settings_without_effect_warn(sft):
+    code, out, _, _ = sft("--method", "full", "--order", "shuffled", "--chunks", 4)
+    assert code == 0
+    assert "warning: --chunks --order without effect" in out
 
 
 BAD = {
@@ -130,6 +188,12 @@ BAD = {
     "too long": (["--max_length", "4"], "longer than max_length 4"),
     "unknown flag": (["--chunkz", "3"], "chunkz"),
     "bad value": (["--layout", "diagonal"], "diagonal"),
+    "no batch": (["--dataloader_drop_last", "--per_device_train_batch_size", "99"], "0 batches"),
+    "rate below 0": (["--learning_rate", "-1"], "Invalid learning rate"),
+    "no decay steps": (["--lr_scheduler_type", "warmup_stable_decay"], "num_decay_steps"),
+    "config alone": (["--config"], "--config needs the path"),
+    "engine": (["--optim", "schedule_free_adamw"], "schedule"),
+    "init kwargs": (["--model_init_kwargs", '{"colour": 1}'], "colour"),
     "bad store": (["--store", "/dev/null/x"], "/dev/null/x"),
 }
 
@@ -161,12 +225,33 @@ def test_broken_records_are_named(sft, tmp_path, text, named):
     assert named in err
 
 
+@pytest.mark.parametrize("text", ["chunks: [", "- chunks", "chunkz: 4", "chunks: many"])
+def test_a_broken_config_is_one_line(sft, tmp_path, text):
+    (tmp_path / "run.yaml").write_text(text)
+    code, _, err, _ = sft(f"--config={tmp_path / 'run.yaml'}")
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_learned_positions_bound_the_records(sft, tiny_model, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_model)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=19, n_embd=8, n_layer=1, n_head=1)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    code, _, err, _ = sft(model=tmp_path / "gpt2")
+    assert code == 2
+    assert "use --max_length 19" in err
+    assert sft("--max_length", 19, model=tmp_path / "gpt2", out="short")[0] == 0
+
+
 def test_another_runs_directory_is_left_alone(sft, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model.safetensors").write_text("precious")
     code, _, err, _ = sft()
     assert code == 2
-    assert "holds another run" in err
+    assert "holds model.safetensors" in err
     assert (tmp_path / "run" / "model.safetensors").read_text() == "precious"
 
 

@@ -82,15 +82,70 @@ def test_rotation_counts_whole_checkpoints_only(tmp_path):
     assert (tmp_path / "checkpoint-2").exists()
 
 
-def test_another_runs_directory_is_refused_untouched(tmp_path):
-    (tmp_path / "report.md").write_text("mine")
-    with pytest.raises(InputError, match=r"holds another run.*resume_from_checkpoint"):
-        checkpoints.prepare_output(tmp_path, resuming=False)
-    assert (tmp_path / "report.md").read_text() == "mine"
-    checkpoints.prepare_output(tmp_path, resuming=True)
+BEFORE = checkpoints.BEFORE
+
+
+def fill(run, *names):
+    run.mkdir(exist_ok=True)
+    for name in names:
+        (run / name).write_text("mine")
+
+
+@pytest.mark.parametrize("resuming", [False, True])
+@pytest.mark.parametrize(
+    "names", [["report.md"], [BEFORE, "model.safetensors"], ["README.md", "config.json"]]
+)
+def test_what_is_not_this_runs_is_refused_untouched(tmp_path, names, resuming):
+    fill(tmp_path, *names)
+    with pytest.raises(InputError, match=r"holds .* and no checkpoint to go on from"):
+        checkpoints.prepare_output(tmp_path, None, resuming)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == dict.fromkeys(names, "mine")
+
+
+def test_another_runs_checkpoints_are_refused_unless_they_are_gone_on_with(tmp_path):
+    fill(tmp_path / "run", BEFORE, "report.md")
+    found = make(tmp_path / "run", 5)
+    for other in (None, make(tmp_path / "other", 5)):
+        with pytest.raises(InputError, match=r"holds another run.*resume_from_checkpoint"):
+            checkpoints.prepare_output(tmp_path / "run", other, resuming=other is not None)
+    checkpoints.prepare_output(tmp_path / "run", found, resuming=True)
+
+
+def test_a_start_that_failed_does_not_stand_in_the_way(tmp_path):
+    fill(tmp_path, BEFORE)
+    checkpoints.prepare_output(tmp_path, None, resuming=False)
+    fill(tmp_path, "README.md")  # which TRL writes with the first checkpoint
+    make(tmp_path, 5, sealed=False)
+    checkpoints.prepare_output(tmp_path, None, resuming=True)
+    with pytest.raises(InputError, match="and no checkpoint to go on from"):
+        checkpoints.prepare_output(tmp_path, None, resuming=False)
+
+
+def test_checkpoints_that_no_kill_explains_are_not_started_over(tmp_path):
+    make(tmp_path / "foreign", 4, sealed=False)  # trl sft writes no manifest
+    make(tmp_path / "foreign", 8, sealed=False)
+    truncate(make(tmp_path / "damaged", 8))
+    for name, said in (("foreign", "checkpoint-4.*no manifest"), ("damaged", "damaged optimizer")):
+        with pytest.raises(CheckpointError, match=said):
+            checkpoints.to_resume("last", tmp_path / name)
+
+
+def test_a_checkpoint_of_the_model_alone_is_refused(tmp_path):
+    folder = make(tmp_path, 5, sealed=False)
+    (folder / "optimizer.pt").unlink()
+    checkpoints.seal(folder)
+    with pytest.raises(CheckpointError, match="save_only_model"):
+        checkpoints.to_resume("last", tmp_path)
+
+
+@pytest.mark.parametrize("setting", [None, "", "false", "False", "no"])
+def test_a_config_may_say_that_nothing_is_resumed(tmp_path, setting):
+    make(tmp_path, 5)
+    assert not checkpoints.wanted(setting)
+    assert checkpoints.to_resume(setting, tmp_path) == (None, [])
 
 
 def test_an_unwritable_directory_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="name a directory you can write"):
-        checkpoints.prepare_output(tmp_path / "file" / "run", resuming=False)
+        checkpoints.prepare_output(tmp_path / "file" / "run", None, resuming=False)
