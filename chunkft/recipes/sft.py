@@ -120,6 +120,8 @@ def run(job: Job) -> int:
             **_loading(job),
         )
         _check_lengths(data.train, model, tokenizer, args)
+    if args.completion_only_loss and "completion" not in data.train.column_names:
+        print("warning: --completion_only_loss without effect: the records have no completion")
     with as_input_error("building the trainer"):
         trainer = _build_trainer(job, data, model, tokenizer)
         optimizer = _build_chunks(job, trainer, found)
@@ -128,7 +130,8 @@ def run(job: Job) -> int:
     watch(trainer, watching, saves)
 
     undo_head = install_head(model)
-    before, answers = _before(out, trainer, data, job.chunk.score_samples, fresh=found is None)
+    with as_input_error("the first forward passes"):
+        before, answers = _before(out, trainer, data, job.chunk.score_samples, fresh=found is None)
     trainer.run = watching
     trainer.train(resume_from_checkpoint=None if found is None else str(found))
     trainer.run = None
@@ -262,8 +265,8 @@ def _check_lengths(records: Any, model: PreTrainedModel, tokenizer: Any, args: S
         field = args.dataset_text_field
         text = record[field] if field in record else record["prompt"] + record["completion"]
         # TRL ends what is no conversation with eos
-        end = "" if text.endswith(tokenizer.eos_token) else tokenizer.eos_token
-        return {"input_ids": tokenizer(text + end)["input_ids"]}
+        eos = tokenizer.eos_token or ""
+        return {"input_ids": tokenizer(text.removesuffix(eos) + eos)["input_ids"]}
 
     split = args.packing and args.packing_strategy == "bfd_split"
     truncation = "split" if split else "keep_start"
