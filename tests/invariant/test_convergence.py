@@ -1,4 +1,4 @@
-"""docs/method.md section 5, run: full-batch, float64, the optimizer as it is.
+"""docs/method.md section 6, run: full-batch, float64, the optimizer as it is.
 
 The constants are measured, not derived: the theorem's are far smaller. What is asserted is its
 form, that a cycle without momentum lowers H by a multiple of lr * ||grad H||^2, and that with
