@@ -58,6 +58,15 @@ GRID = [*RATES] + [
 ]
 
 
+SERIES = (  # lines of the plot: layout, rest of the name, color, style
+    ("stream", "T1", "tab:orange", "-"),
+    ("stream", "T20", "tab:orange", "--"),
+    ("spread", "T1", "tab:blue", "-"),
+    ("spread", "T20", "tab:blue", "--"),
+    ("spread", "T1-decay", "tab:green", "-"),
+)
+
+
 def settings_of(name: str) -> dict[str, Any]:
     """Of `layout-Kk-Tt[-word ...]`, or of dense or lora with words.
 
@@ -281,9 +290,9 @@ class Race:
         winner = min(left, key=lambda p: loss(p, 0.5))
         return float(f"{base * 2.0**winner:.3g}")
 
-    def final(self, name: str, seeds: int = 1) -> float:
+    def final(self, name: str, seeds: int = 1, share: float = 1.0) -> float:
         rate = self.rate(name)
-        return statistics.mean(self.held_out(name, rate, 1.0, seed) for seed in range(seeds))
+        return statistics.mean(self.held_out(name, rate, share, seed) for seed in range(seeds))
 
     def finalists(self) -> list[str]:
         found = [*RATES, "spread-K16-T1"]
@@ -339,16 +348,15 @@ def plot(results: Results, tasks: list[str], path: Path) -> None:
             losses = [r["loss"] for r in results.finals(task, name)]
             if losses:
                 panel.axhline(statistics.mean(losses), label=name, color=style[0], ls=style[1])
-        for layout, color in (("stream", "tab:orange"), ("spread", "tab:blue")):
-            for interval, ls in ((1, "-"), (20, "--")):
-                points = [
-                    (k, statistics.mean(r["loss"] for r in rows))
-                    for k in (4, 8, 16, 32)
-                    if (rows := results.finals(task, f"{layout}-K{k}-T{interval}"))
-                ]
-                if points:
-                    label = f"{layout}, T={interval}"
-                    panel.plot(*zip(*points, strict=True), ls, marker="o", c=color, label=label)
+        for layout, rest, color, ls in SERIES:
+            points = [
+                (k, statistics.mean(r["loss"] for r in rows))
+                for k in (4, 8, 16, 32)
+                if (rows := results.finals(task, f"{layout}-K{k}-{rest}"))
+            ]
+            if points:
+                label = f"{layout}, {rest}"
+                panel.plot(*zip(*points, strict=True), ls, marker="o", c=color, label=label)
         panel.set(title=task, xlabel="K", ylabel="held-out loss after equal seconds")
         panel.set_xscale("log", base=2)
         if panel.get_legend_handles_labels()[0]:
@@ -364,6 +372,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of dense AdamW")
     parser.add_argument("--only", nargs="*", help="names of methods, with `--seeds` seeds each")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of --steps, at the rates chosen for the whole"
+    )
     parser.add_argument("--tasks", nargs="*", default=list(TASKS))
     parser.add_argument("--ratios", action="store_true", help="measure the step times and stop")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/quality.jsonl"))
@@ -377,7 +388,7 @@ def main() -> None:
     for task in options.tasks if not options.ratios else []:
         race = Race(task, Data(task, tokenizer), results, options.steps)
         for name in names:
-            race.final(name, options.seeds)
+            race.final(name, options.seeds, options.share)
         for name in race.finalists() if not options.only else []:
             race.final(name, SEEDS)
     text = table(results, options.tasks)

@@ -1,7 +1,8 @@
 """`chunkft <command>`: the command line, and the only reader of the environment.
 
 `sft` takes every flag and YAML key that `trl sft` takes, through TRL's own parser, and ours beside
-them. Errors that are the user's end in one line and exit code 2.
+them. Errors that are the user's end in one line and exit code 2; with CHUNKFT_TRACEBACK=1 in the
+environment they show where they were raised.
 """
 
 import argparse
@@ -53,6 +54,7 @@ Ours:
 {ours}
   --help-all                 every flag, TRL's included
 
+CHUNKFT_TRACEBACK=1 chunkft sft ... shows where an error was raised.
 Ctrl-C saves a checkpoint, prints the line that resumes, and exits.
 TRL's usage ping is switched off (HF_HUB_DISABLE_TELEMETRY=1).
 """
@@ -123,16 +125,16 @@ def _demo(words: list[str]) -> int:
 
 
 def parse_sft(words: Sequence[str]) -> Any:
-    """A `recipes.sft.Job` from the words after `chunkft sft`.
+    """A `recipes.job.Job` from the words after `chunkft sft`.
 
     Raises:
         InputError: an unknown or malformed flag, or a config file that cannot be read.
     """
     import yaml
 
-    from chunkft.recipes.sft import Job
+    from chunkft.recipes.job import Job
 
-    words = [part for word in words for part in _split_config(word)]
+    words = [part for word in words for part in _normal(word)]
     # a bare flag goes on with the newest checkpoint
     for i, word in enumerate(words):
         bare = i + 1 == len(words) or words[i + 1].startswith("--")
@@ -147,6 +149,8 @@ def parse_sft(words: Sequence[str]) -> Any:
         script, training, model, mixture, chunk = parser.parse_args_and_config(
             words, fail_with_unknown_args=True
         )
+    except ChunkFTError:
+        raise
     except (*FOREIGN, argparse.ArgumentError, yaml.YAMLError) as e:
         unknown = re.search(r"not used by the HfArgumentParser: (\[.*\])", str(e))
         if unknown:
@@ -157,9 +161,13 @@ def parse_sft(words: Sequence[str]) -> Any:
     )
 
 
-def _split_config(word: str) -> list[str]:
-    """TRL's parser looks for `--config` and its value as two words."""
-    return word.split("=", 1) if word.startswith("--config=") else [word]
+def _normal(word: str) -> list[str]:
+    """Flags by one spelling: `--max-steps` is --max_steps, and `--config=FILE` two words to TRL."""
+    if not word.startswith("--"):
+        return [word]
+    name, equals, value = word[2:].partition("=")
+    name = "--" + name.replace("-", "_")
+    return [name, value] if name == "--config" and equals else [name + equals + value]
 
 
 def _sft_parser() -> Any:

@@ -8,6 +8,7 @@ A message carries the value, the bound and the cure.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+WHERE = " (CHUNKFT_TRACEBACK=1 shows where)"
 TOLD = 400  # characters of another package's message
 
 
@@ -71,13 +72,16 @@ FOREIGN = (
 
 @contextmanager
 def as_input_error(doing: str) -> Iterator[None]:
-    """Turn what another package raises while `doing` into an InputError of one line."""
+    """Turn what another package raises while `doing` into an InputError of one line.
+
+    Its traceback is kept as the cause; the command line shows it on demand.
+    """
     try:
         yield
     except ChunkFTError:
         raise
     except FOREIGN as error:
-        raise InputError(f"{doing}: {type(error).__name__}: {one_line(error)}") from error
+        raise InputError(f"{doing}: {type(error).__name__}: {one_line(error)}{WHERE}") from error
 
 
 def one_line(error: BaseException) -> str:

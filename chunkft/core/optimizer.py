@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from chunkft.core import coverage, precision, resume
 from chunkft.core import groups as groups_
-from chunkft.core.checks import check_settings
+from chunkft.core.checks import check_counts, check_settings
 from chunkft.core.partition import Partition, Slice, cut
 from chunkft.core.partition import Tensor as Shape
 from chunkft.core.schedule import Schedule
@@ -81,8 +81,8 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         **optimizer_kwargs: Any,
     ):
-        counts, choices = (chunks, interval), (moments, master)
-        check_settings(model, optimizer_class, counts, choices, max_grad_norm)
+        check_settings(model, optimizer_class, max_grad_norm, moments=moments, master=master)
+        check_counts(chunks=chunks, interval=interval)
         refuse_parallel(model)
         self._working_set = WorkingSet(model)
         self._weights = self._working_set.parameters
@@ -449,6 +449,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             "schedule": dict(self.schedule.__dict__),
             "layout": self.layout,
             "rule": type(self._inner).__name__,
+            "moments": self.moments,
             "shapes": {name: list(shape) for name, shape in self.partition.shapes.items()},
             "partition": [[list(piece) for piece in chunk] for chunk in self.partition],
             "state": state,

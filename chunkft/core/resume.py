@@ -23,7 +23,7 @@ from chunkft.core.schedule import Schedule
 from chunkft.core.store import State, mapped
 from chunkft.errors import ChunkFTError, InputError, StateError
 
-FORMAT = 1
+FORMAT = 2
 SavedState = dict[str, list[dict[str, Any]]]
 States = dict[int, State]
 Weights = Mapping[str, Tensor]

@@ -129,9 +129,13 @@ def _unknown(name: str, error: Exception | None = None) -> str:
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:
-    """Positions that `model` has a learned vector for, or None where it computes them."""
+    """Positions of a text that `model` has a learned vector for, or None where it computes them."""
     names = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+    said = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.endswith(names):
-            return getattr(model.config, "max_position_embeddings", module.num_embeddings)
+        if said is None or not (isinstance(module, nn.Embedding) and name.endswith(names)):
+            continue
+        if 0 <= module.num_embeddings - said <= 2:  # an image's patches have a table of their own
+            # RoBERTa counts from its padding row
+            return said if module.padding_idx is None else said - module.padding_idx - 1
     return None

@@ -14,7 +14,7 @@ from typing import Any
 
 from chunkft.core.store import GIB
 from chunkft.errors import ChunkFTError
-from chunkft.recipes.sft import METRICS
+from chunkft.train.report import METRICS
 
 TASK = "reasoning-gym:word_sequence_reversal?min_words=3&max_words=6"
 STEPS = 120

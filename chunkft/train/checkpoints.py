@@ -124,18 +124,28 @@ def wanted(setting: str | None) -> bool:
 class Kept(NamedTuple):
     """What a checkpoint's optimizer goes on with."""
 
+    steps: int
     chunks: int
     interval: int
-    learning_rate: float
-    """Of the schedule's beginning."""
+    order: str
+    layout: str
+    moments: str
+    learning_rate: float | None
+    """Of the schedule's beginning; None where the schedule keeps none (reduce_lr_on_plateau)."""
 
 
 def kept(found: Path) -> Kept:
-    """Rotation and learning rate of the run that wrote `found`; reads no tensor."""
+    """Settings of the run that wrote `found`; reads no tensor."""
     state = torch.load(found / STATE, map_location="cpu", mmap=True, weights_only=True)
-    schedule, group = state["schedule"], state["param_groups"][0]
+    schedule, rate = state["schedule"], state["param_groups"][0].get("initial_lr")
     return Kept(
-        schedule["chunks"], schedule["interval"], float(group.get("initial_lr", group["lr"]))
+        state["steps"],
+        schedule["chunks"],
+        schedule["interval"],
+        schedule["order"],
+        state["layout"],
+        state["moments"],
+        None if rate is None else float(rate),
     )
 
 
@@ -169,7 +179,10 @@ def prepare_output(run: Path, found: Path | None, resuming: bool) -> None:
             f"--output_dir {run}: {e.strerror or e}; name a directory you can write"
         ) from e
     inside = {path.name for path in run.iterdir()}
-    if not inside or (found is not None and found.resolve().parent == run.resolve()):
+    if not inside:
+        return
+    if found is not None and found.resolve().parent == run.resolve():
+        _refuse_to_fork(run, found)
         return
     # what a run leaves that stopped before its first step or was killed before its checkpoint
     early = {BEFORE, "runs"}
@@ -186,6 +199,16 @@ def prepare_output(run: Path, found: Path | None, resuming: bool) -> None:
         f"--output_dir {run} holds {min(inside - {BEFORE})} and no checkpoint to go on from; name "
         f"an empty directory"
     )
+
+
+def _refuse_to_fork(run: Path, found: Path) -> None:
+    """What comes after `found` would be taken for the newest, and the new ones be rotated away."""
+    newer = [p for p in checkpoints(run) if int(p.name[11:]) > int(found.name[11:])]
+    if whole := [p.name for p in newer if fault(p) is None]:
+        raise InputError(
+            f"{run} holds {whole[-1]}, newer than {found.name}: resume from 'last', or go on from "
+            f"{found.name} with an empty --output_dir"
+        )
 
 
 def _look(path: Path) -> list[int]:

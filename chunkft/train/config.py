@@ -17,8 +17,15 @@ BYTES_PER_ELEMENT, WORKING_BYTES = 16, 2**30
 LONG_VISIT = 20
 DENSE_LEARNING_RATE = 2e-5  # TRL's default for dense AdamW
 
-# optimizers that need every gradient, or the model, at once
-REFUSED = ("galore", "lomo", "apollo")
+_ALL_AT_ONCE = "needs the model's gradients all at once"
+REFUSED = {
+    "galore": _ALL_AT_ONCE,
+    "lomo": _ALL_AT_ONCE,
+    "apollo": _ALL_AT_ONCE,
+    "schedule_free": "evaluates other weights than it trains",
+}
+# names of --optim whose first moment is where `decay` looks for it
+ADAMW = ("adamw_torch", "adamw_apex", "adamw_bnb", "adamw_8bit", "paged_adamw")
 
 
 def setting(default: Any, text: str, **more: Any) -> Any:
@@ -82,7 +89,7 @@ def longest_visit(layout: str, store: str) -> int:
 
 def choose_moments(optim: str) -> str:
     """`decay` where the rule's first moment is one that we know how to scale."""
-    return "decay" if "adamw" in optim and "schedule_free" not in optim else "persist"
+    return "decay" if optim.startswith(ADAMW) else "persist"
 
 
 def choose_rotation(
@@ -130,11 +137,11 @@ def choose_learning_rate(chunks: int, layout: str) -> float:
 
 def refuse_optimizer(optim: str, deepspeed: object) -> None:
     """Raise InputError for optimizers and engines that cannot be driven chunk by chunk."""
-    for word in REFUSED:
+    for word, why in REFUSED.items():
         if word in optim:
             raise InputError(
-                f"--optim {optim}: {word} needs the model's gradients all at once, so it cannot be "
-                f"driven chunk by chunk; use adamw_torch, sgd, adafactor or adamw_8bit"
+                f"--optim {optim}: {word} {why}, so it cannot be driven chunk by chunk; use "
+                f"adamw_torch, sgd, adafactor or adamw_8bit"
             )
     if deepspeed:
         raise InputError("--deepspeed takes the optimizer's place; leave it out with chunkft")

@@ -1,5 +1,6 @@
 """report.md and loss.png of a run: what was set, what came of it, in numbers that were measured."""
 
+import json
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from chunkft.core.store import GIB
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
+METRICS = "metrics.json"
 PACKAGES = ("chunkft", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers")
 
 
@@ -63,6 +65,30 @@ def write(folder: Path, outcome: Outcome) -> Path:
     path = folder / "report.md"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def write_metrics(folder: Path, outcome: Outcome, step_seconds: Sequence[float]) -> None:
+    """`metrics.json`: the numbers of the report, for programs."""
+    numbers = {
+        "before": outcome.before,
+        "after": outcome.after,
+        "steps": outcome.audit.steps,
+        "seconds": outcome.seconds,
+        "step_seconds": list(step_seconds),
+        "peak_gib": outcome.peak_gib,
+        "bytes_by_kind": outcome.bytes_by_kind,
+        "parameters": outcome.parameters,
+        "history": list(outcome.history),
+        "samples": list(outcome.samples),
+    }
+    (folder / METRICS).write_text(json.dumps(numbers, indent=1))
+
+
+def tell(outcome: Outcome, path: Path) -> None:
+    """The last lines that a run prints."""
+    for key, value in outcome.after.items():
+        print(f"{key}: {outcome.before.get(key, float('nan')):.4f} -> {value:.4f}")
+    print(f"peak memory {outcome.peak_gib:.2f} GiB; report: {path}")
 
 
 def _numbers(outcome: Outcome) -> list[str]:

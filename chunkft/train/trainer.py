@@ -26,6 +26,7 @@ from transformers import (
     get_scheduler,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import SaveStrategy
 
 from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.core.store import GIB
@@ -230,8 +231,20 @@ class CheckpointCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         if self.stopped_by:
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False  # nobody waits for it, and "best" would save by it
+            control.should_training_stop = True
+            # where an evaluation is due at the epoch's end, the resumed run must find it done
+            control.should_save |= not _due_at_the_epochs_end(args, state)
+            if args.save_strategy == SaveStrategy.BEST:
+                args.save_strategy = SaveStrategy.STEPS  # or no other than the best is saved
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        if self.stopped_by:  # Trainer calls this in the middle of an epoch too when it stops
+            due = _due_at_the_epochs_end(args, state)
+            control.should_save = due
+            control.should_evaluate &= due
         return control
 
     def on_save(
@@ -244,6 +257,12 @@ class CheckpointCallback(TrainerCallback):
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+def _due_at_the_epochs_end(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether this step ends an epoch, and something is to be done then."""
+    by_epoch = args.eval_strategy == "epoch" or args.save_strategy == "epoch"
+    return by_epoch and float(state.epoch or 0.0).is_integer()
 
 
 def watch(trainer: Trainer, run: RunCallback, saves: CheckpointCallback) -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from chunkft.cli import main
+from chunkft.train.checkpoints import fault
 from chunkft.train.trainer import CheckpointCallback
 
 KILLS = 10
@@ -60,35 +61,50 @@ def test_a_signal_saves_and_prints_the_line_that_resumes(
     assert same(tmp_path / "stopped", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("stop", [4, 8])  # in the middle of an epoch, and at its end
+@pytest.mark.parametrize(
+    "saving",
+    [
+        # so that no evaluation after the first is the best
+        "--eval_strategy steps --eval_steps 1 --save_strategy best --greater_is_better true",
+        "--eval_strategy epoch --save_strategy epoch --save_total_limit 1",
+        "--eval_strategy steps --eval_steps 2 --save_strategy no",
+    ],
+)
 def test_a_signal_saves_whatever_else_decides_about_saving(
-    tiny_model, records, tmp_path, capsys, monkeypatch
+    tiny_model, records, tmp_path, monkeypatch, saving, stop
 ):
     folder = tmp_path / "data"
     folder.mkdir()
+    lines = records.read_text().splitlines()[:16]  # 8 steps of an epoch
     for split in ("train", "test"):
-        (folder / f"{split}.jsonl").write_text(records.read_text())
-    words = command(tiny_model, folder, tmp_path / "run", 14, "--eval_strategy", "steps")
-    words += ["--eval_steps", "1", "--save_strategy", "best", "--metric_for_best_model", "loss"]
-    words += ["--greater_is_better", "true"]  # so that no evaluation after the first is the best
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    more = [*saving.split(), "--metric_for_best_model", "loss", "--learning_rate", "0.01"]
+    more += ["--lr_scheduler_type", "reduce_lr_on_plateau"]
+    more += ["--lr_scheduler_kwargs", '{"patience": 0, "threshold": 9.0}']
     stock = CheckpointCallback.on_step_end
 
     def interrupted(self, args, state, control, **more):
-        if state.global_step == 4:
+        if state.global_step == stop:
             os.kill(os.getpid(), signal.SIGINT)
         return stock(self, args, state, control, **more)
 
-    monkeypatch.setattr(CheckpointCallback, "on_step_end", interrupted)
-    assert main(words) == 130
-    assert "go on with" in capsys.readouterr().out
-    assert (tmp_path / "run" / "checkpoint-4").exists()
+    words = command(tiny_model, folder, tmp_path / "run", 20, *more)
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointCallback, "on_step_end", interrupted)
+        assert main(words) == 130
+    assert fault(tmp_path / "run" / f"checkpoint-{stop}") is None
+    assert main([*words, "--resume_from_checkpoint", "last"]) == 0
+    assert main(command(tiny_model, folder, tmp_path / "whole", 20, *more)) == 0
+    assert same(tmp_path / "run", tmp_path / "whole")
 
 
 def test_what_was_trained_outlives_an_interrupted_evaluation(
     tiny_model, records, tmp_path, capsys, monkeypatch
 ):
-    from chunkft.recipes import sft
+    from chunkft.recipes import judging
 
-    stock, calls = sft._evaluate, []
+    stock, calls = judging.evaluate, []
 
     def interrupted(*given):
         calls.append(given)
@@ -96,7 +112,7 @@ def test_what_was_trained_outlives_an_interrupted_evaluation(
             raise KeyboardInterrupt
         return stock(*given)
 
-    monkeypatch.setattr(sft, "_evaluate", interrupted)
+    monkeypatch.setattr(judging, "evaluate", interrupted)
     words = command(tiny_model, records, tmp_path / "run", 12, "--save_strategy", "no")
     assert main(words) == 130
     assert "stopped" in capsys.readouterr().err

@@ -159,6 +159,48 @@ def test_a_longer_run_goes_on_with_its_rotation_and_rate(sft):
     assert f"| learning_rate | {rate:g} |" in (folder / "report.md").read_text()
 
 
+def test_what_nobody_gives_on_resume_comes_from_the_checkpoint(sft):
+    common = ["--save_steps", 4, "--layout", "stream", "--moments", "persist", "--chunks", 2]
+    assert sft(*common)[0] == 0
+    code, out, _, folder = sft("--save_steps", 4, "--max_steps", 16, "--resume_from_checkpoint")
+    assert code == 0, out
+    text = (folder / "report.md").read_text()
+    for row in ("chunks | 2", "interval | 2", "layout | stream", "moments | persist"):
+        assert f"| {row} |" in text
+
+
+def test_a_run_that_has_all_its_steps_takes_no_further_one(sft):
+    common = ["--save_steps", 4, "--lr_scheduler_type", "constant", "--learning_rate", 1e-2]
+    _, _, _, whole = sft(*common, out="whole")
+    code, _, _, folder = sft(*common, out="again")
+    (folder / "model.safetensors").unlink()  # killed before the last save
+    code, out, _, _ = sft(*common, "--resume_from_checkpoint", out="again")
+    assert code == 0, out
+    assert same(whole, folder)
+    assert not (folder / f"checkpoint-{STEPS + 1}").exists()
+    assert json.loads((folder / "metrics.json").read_text())["steps"] == STEPS
+
+
+def test_a_schedule_without_a_beginning_resumes_as_it_was(sft, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "test"):
+        rows = [{"prompt": f"say {i}:", "completion": f" {i}"} for i in range(64)]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    common = ["--lr_scheduler_type", "reduce_lr_on_plateau", "--lr_scheduler_kwargs"]
+    common += ['{"patience": 0, "threshold": 9.0}', "--eval_strategy", "steps", "--eval_steps", 1]
+    common += ["--save_steps", 1, "--learning_rate", 1e-2, "--metric_for_best_model", "loss"]
+    _, _, _, whole = sft(*common, data=folder, out="whole")
+    sft(*common, data=folder, out="torn")
+    torn = tmp_path / "torn"
+    for step in range(5, STEPS + 1):
+        (torn / f"checkpoint-{step}" / "chunkft_manifest.json").unlink()
+    code, out, _, _ = sft(*common, "--resume-from-checkpoint", data=folder, out="torn")
+    assert code == 0, out
+    assert "without effect" not in out
+    assert same(whole, torn)
+
+
 def test_another_rule_does_not_take_over_a_state(sft):
     assert sft("--optim", "sgd", "--save_steps", 4)[0] == 0
     code, _, err, _ = sft("--save_steps", 4, "--resume_from_checkpoint")
@@ -192,7 +234,7 @@ BAD = {
     "rate below 0": (["--learning_rate", "-1"], "Invalid learning rate"),
     "no decay steps": (["--lr_scheduler_type", "warmup_stable_decay"], "num_decay_steps"),
     "config alone": (["--config"], "--config needs the path"),
-    "engine": (["--optim", "schedule_free_adamw"], "schedule"),
+    "schedule free": (["--optim", "schedule_free_adamw"], "evaluates other weights than it trains"),
     "init kwargs": (["--model_init_kwargs", '{"colour": 1}'], "colour"),
     "bad store": (["--store", "/dev/null/x"], "/dev/null/x"),
 }

@@ -121,6 +121,16 @@ def test_a_start_that_failed_does_not_stand_in_the_way(tmp_path):
         checkpoints.prepare_output(tmp_path, None, resuming=False)
 
 
+def test_a_run_does_not_fork_where_it_lies(tmp_path):
+    fill(tmp_path, BEFORE)
+    older = make(tmp_path, 5)
+    newer = make(tmp_path, 10)
+    with pytest.raises(InputError, match="checkpoint-10, newer than checkpoint-5"):
+        checkpoints.prepare_output(tmp_path, older, resuming=True)
+    (newer / checkpoints.MANIFEST).unlink()
+    checkpoints.prepare_output(tmp_path, older, resuming=True)
+
+
 def test_checkpoints_that_no_kill_explains_are_not_started_over(tmp_path):
     make(tmp_path / "foreign", 4, sealed=False)  # trl sft writes no manifest
     make(tmp_path / "foreign", 8, sealed=False)

@@ -1,0 +1,60 @@
+"""What a model can do before and after a run."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from chunkft.recipes.records import SAMPLE, Data
+from chunkft.train.checkpoints import BEFORE
+from chunkft.train.scoring import Solved, solve
+
+
+def evaluate(
+    trainer: Trainer, data: Data, score_samples: int
+) -> tuple[dict[str, float], Solved | None]:
+    """Loss on what is held out, or on a sample of training; and the share of right answers."""
+    if trainer.eval_dataset is not None:
+        result = {"loss": trainer.evaluate()["eval_loss"]}
+    else:
+        train: Any = trainer.train_dataset
+        sample = train.select(range(min(SAMPLE, len(train))))
+        measured = trainer.evaluate(eval_dataset=sample, metric_key_prefix="sample")
+        result = {f"loss of {len(sample)} training rows": measured["sample_loss"]}
+    solved = None
+    if data.task is not None and score_samples > 0:
+        assert data.held_out is not None
+        records = data.held_out.select(range(min(score_samples, len(data.held_out)))).to_list()
+        solved = solve(trainer.model, trainer.processing_class, data.task, records)
+        result["exact-match accuracy"] = solved.accuracy
+    return result, solved
+
+
+def before(
+    out: Path, trainer: Trainer, data: Data, score_samples: int, fresh: bool
+) -> tuple[dict[str, float], list[str]]:
+    """The numbers before training; a resumed run reads those of its beginning."""
+    path = out / BEFORE
+    if not fresh and path.exists():
+        kept = json.loads(path.read_text())
+        return kept["numbers"], kept["answers"]
+    numbers, solved = evaluate(trainer, data, score_samples)
+    answers = solved.answers if solved else []
+    path.write_text(json.dumps({"numbers": numbers, "answers": answers}))
+    print("before: " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()), flush=True)
+    return numbers, answers
+
+
+def samples(
+    data: Data, before: Sequence[str], after: Solved | None, count: int = 5
+) -> list[tuple[str, str, str, str]]:
+    if after is None or data.held_out is None:
+        return []
+    rows = data.held_out.select(range(min(count, len(after.answers)))).to_list()
+    earlier = list(before) + [""] * len(rows)
+    return [
+        (row["prompt"][0]["content"], row["completion"][0]["content"], earlier[i], after.answers[i])
+        for i, row in enumerate(rows)
+    ]
