@@ -24,7 +24,7 @@ Batch = dict[str, Tensor]
 LORA_RANK = 16
 
 
-@dataclass
+@dataclass(eq=False)
 class Method:
     """A way to train, ready to step."""
 
