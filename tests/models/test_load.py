@@ -335,7 +335,8 @@ def test_smollm2_speaks(tmp_path: Path) -> None:
         return_tensors="pt",
         tokenizer_kwargs={"padding_side": "left"},
     )
-    said = model.generate(**batch, max_new_tokens=24, do_sample=False)
+    # in bf16 the first word is a close call, decided by how a machine rounds
+    said = model.float().generate(**batch, max_new_tokens=24, do_sample=False)
     answers = tokenizer.batch_decode(said[:, batch["input_ids"].shape[1] :])
     for answer, city in zip(answers, ("Paris", "Rome"), strict=True):
         assert city in answer
