@@ -21,14 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from chunkft.core import coverage, precision, resume
+from chunkft.core import coverage, resume
 from chunkft.core import groups as groups_
 from chunkft.core.checks import check_counts, check_settings
 from chunkft.core.partition import Partition, Slice, cut
 from chunkft.core.partition import Tensor as Shape
+from chunkft.core.rule import Rule, Values
 from chunkft.core.schedule import Schedule
-from chunkft.core.store import State, Store, nbytes
-from chunkft.core.working_set import Leaf, WorkingSet, refuse_parallel
+from chunkft.core.store import Store
+from chunkft.core.working_set import WorkingSet, refuse_parallel
 from chunkft.errors import InputError, NonFiniteGradientError, UnsupportedError
 
 
@@ -94,30 +95,29 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         self.layout = layout
         self.schedule = Schedule(chunks, interval, order, seed)
         self.store = store if isinstance(store, Store) else Store(store)
-        self.moments, self.master, self.max_grad_norm = moments, master, max_grad_norm
+        self.moments, self.max_grad_norm = moments, max_grad_norm
         self._steps = 0
         self._active: int | None = None
-        self._masters: dict[Slice, Tensor] = {}
-        self._asleep: dict[Slice, dict[str, Tensor]] = {}  # masters as they rest, until needed
-        self._versions: dict[str, int] = {}  # of the weights after our own last write
         self._book = {piece: coverage.Record() for chunk in self.partition for piece in chunk}
         self._warned: set[str] = set()
         self._norm: Tensor | None = None
-        self._bytes: dict[str, int] = {}
-        self._groups, settings = groups_.assign(self._weights, groups)
-        self._group_count = len(settings)
+        group_of, settings = groups_.assign(self._weights, groups)
 
         try:
             self._working_set.attach(self.partition[self.schedule.chunk(0)])
-            starts = zip(settings, self._by_group(), strict=True)
-            self._inner = optimizer_class(
-                [{**s, "params": leaves} for s, leaves in starts], **optimizer_kwargs
+            self._rule = Rule(
+                optimizer_class,
+                settings,
+                group_of,
+                self._working_set.leaves,
+                store=self.store,
+                master=master,
+                **optimizer_kwargs,
             )
+            inner = self._rule.inner
             if moments == "decay":
-                resume.first_moment_rate(self._inner.defaults)
-            super().__init__(
-                [dict(group) for group in self._inner.param_groups], dict(self._inner.defaults)
-            )
+                resume.first_moment_rate(inner.defaults)
+            super().__init__([dict(group) for group in inner.param_groups], dict(inner.defaults))
         except BaseException:
             self._working_set.detach()  # or a second try would find one chunk trainable
             raise
@@ -144,7 +144,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
     @property
     def nbytes(self) -> dict[str, int]:
         """Bytes by kind: the largest working set so far (gradient, master, state), and resting."""
-        return {**self._bytes, "resting": self.store.nbytes}
+        return {**self._rule.bytes, "resting": self.store.nbytes}
 
     def audit(self) -> coverage.Audit:
         """Check that every element got the steps it was due.
@@ -176,21 +176,11 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             self._working_set.drop_gradients()
             return loss
         self._working_set.check_lost()
-        stepped = self._load_gradients(scale)
-        parameters = [self._parameter(leaf) for leaf in stepped]
+        stepped, parameters = self._rule.load(scale)
         self._clip(parameters)
-        pairs = list(zip(self._inner.param_groups, self.param_groups, strict=True))
-        for inner, outer in pairs:
-            groups_.copy_settings(outer, inner)
-        self._inner.step()
-        for inner, outer in pairs:  # where Prodigy, say, keeps its step size
-            groups_.copy_settings(inner, outer)
-        self._measure(parameters)
-        for leaf, parameter in zip(stepped, parameters, strict=True):
-            if parameter is not leaf.tensor:
-                leaf.tensor.copy_(parameter)
-                parameter.grad = None
-        self._note_versions()
+        self._rule.step(self.param_groups)
+        self._rule.measure(parameters)
+        self._rule.write(stepped)
         self._working_set.drop_gradients()
         for piece in self._working_set.leaves:
             self._book[piece].steps += 1
@@ -213,7 +203,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             raise UnsupportedError("the optimizer is detached; build a new one to go on training")
         refuse_parallel(self._working_set.model)
         for leaf in self._working_set.refresh():
-            self._follow(leaf)
+            self._rule.follow(leaf)
         self._working_set.keep_truncation()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -229,50 +219,6 @@ class ChunkedOptimizer(torch.optim.Optimizer):
     def _from_scaler(self) -> tuple[Tensor | None, bool]:
         found = cast("Tensor | None", getattr(self, "found_inf", None))
         return getattr(self, "grad_scale", None), found is not None and bool(found.item())
-
-    def _load_gradients(self, scale: Tensor | None) -> list[Leaf]:
-        """Hand each leaf's gradient to the rule's parameter, in fp32 where the leaf is 16-bit."""
-        stepped = [leaf for leaf, _ in self._working_set.gradients()]
-        created = False
-        for leaf in stepped:
-            if precision.is_16bit(leaf.tensor.dtype):
-                created |= self._ready_master(leaf)
-                gradient, leaf.tensor.grad = leaf.tensor.grad, None
-                assert gradient is not None
-                self._masters[leaf.piece].grad = gradient.float()
-            if scale is not None:
-                gradient = self._parameter(leaf).grad
-                assert gradient is not None
-                gradient.mul_(scale.double().reciprocal().to(gradient))
-        if created:
-            self._place()
-        return stepped
-
-    def _ready_master(self, leaf: Leaf) -> bool:
-        """Make the leaf's master hold its value in fp32; True if it is new."""
-        master = self._masters.get(leaf.piece)
-        if master is None:
-            # woken only now: the weights may be loaded after our state
-            halves = self._asleep.pop(leaf.piece, None)
-            master = precision.wake(halves, leaf.tensor) if halves else leaf.tensor.detach().float()
-            self._masters[leaf.piece] = master
-            if leaf.tensor in self._inner.state:
-                self._inner.state[master] = self._inner.state.pop(leaf.tensor)
-            return True
-        known = self._versions.get(leaf.piece.name) == leaf.tensor._version
-        if self.master == "none" or precision.overwritten(leaf.tensor, master, known):
-            master.copy_(leaf.tensor)  # weights were loaded in place: they are the master now
-        return False
-
-    def _measure(self, parameters: list[Tensor]) -> None:
-        """Remember the largest working set, when a step has it whole."""
-        now = {
-            "gradient": nbytes(p.grad for p in parameters),
-            "master": nbytes(self._masters.values()),
-            "state": nbytes(x for p in parameters for x in self._inner.state.get(p, {}).values()),
-        }
-        if sum(now.values()) > sum(self._bytes.values()):
-            self._bytes = now
 
     def _clip(self, parameters: list[Tensor]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -296,107 +242,35 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         self._steps += 1
         following = self.active
         if following != self._active:
-            self._retire()
+            assert self._active is not None
+            self._rule.retire(self._active)
             self._attach(following, new_visit=True)
         if self.schedule.last_step_of_visit(self._steps):
             coming = self.schedule.chunk(self._steps + 1)
             if coming != self._active:
-                self.store.prefetch(str(coming), self._device())
+                self.store.prefetch(str(coming), self._rule.device)
 
     # -- switching ------------------------------------------------------------------------------
 
     def _attach(self, k: int, new_visit: bool) -> None:
         self._working_set.attach(self.partition[k])
         self._active = k
-        state = self.store.pop(str(k), self._device()) or {}
-        kept: dict[Slice, dict[str, Any]] = {}
-        for (piece, key), value in state.items():
-            kept.setdefault(piece, {})[key] = value
-        for piece, values in kept.items():
-            leaf = self._working_set.leaves[piece]
-            halves = {key: values.pop(key) for key in precision.KEYS if key in values}
-            if halves and precision.is_16bit(leaf.tensor.dtype):
-                self._asleep[piece] = halves
-            if new_visit and self.moments == "reset":
-                continue
-            if new_visit and self.moments == "decay":
-                gap = self._steps - 1 - self._book[piece].last
-                settings = self.param_groups[self._groups[piece.name]]
-                resume.decay_first_moment(values, settings, gap)
-            if values:
-                self._inner.state[leaf.tensor] = values
-        self._note_versions()
+        self._rule.wake(k, self._working_set.leaves, self._revive if new_visit else None)
         self._place()
 
-    def _retire(self) -> None:
-        """Move the active chunk's state to the store."""
-        state = self._active_state()
-        assert self._active is not None
-        self._forget()
-        if state:
-            self.store.put(str(self._active), state)
-
-    def _forget(self) -> None:
-        for held in (self._inner.state, self._masters, self._asleep):
-            held.clear()
-
-    def _active_state(self) -> State:
-        return {
-            (piece, key): value
-            for piece, leaf in self._working_set.leaves.items()
-            for key, value in self._kept_of(leaf).items()
-        }
-
-    def _kept_of(self, leaf: Leaf) -> dict[str, Any]:
-        values = dict(self._inner.state.get(self._parameter(leaf), {}))
-        values |= self._asleep.get(leaf.piece, {})
-        master = self._masters.get(leaf.piece)
-        if master is not None and self.master != "none":
-            if precision.overwritten(leaf.tensor, master, known=False):
-                master.copy_(leaf.tensor)
-            values |= precision.rest(master, leaf.tensor)
+    def _revive(self, piece: Slice, values: Values) -> Values:
+        """What a new visit leaves of the state of a slice."""
+        if self.moments == "reset":
+            return {}
+        if self.moments == "decay":
+            gap = self._steps - 1 - self._book[piece].last
+            resume.decay_first_moment(values, self.param_groups[self._rule.groups[piece.name]], gap)
         return values
 
-    def _note_versions(self) -> None:
-        for piece, leaf in self._working_set.leaves.items():
-            self._versions[piece.name] = leaf.tensor._version
-
     def _place(self) -> None:
-        """Fill the group dicts, which stay the same objects, with the active parameters."""
-        for inner, outer, leaves in zip(
-            self._inner.param_groups, self.param_groups, self._by_group(), strict=True
-        ):
-            outer["params"] = leaves
-            by_id = {id(leaf.tensor): leaf for leaf in self._working_set.leaves.values()}
-            inner["params"] = [self._parameter(by_id[id(tensor)]) for tensor in leaves]
-
-    def _by_group(self) -> list[list[Tensor]]:
-        leaves = self._working_set.leaves.items()
-        tensors = ((piece.name, leaf.tensor) for piece, leaf in leaves)
-        return groups_.split(self._groups, self._group_count, tensors)
-
-    def _parameter(self, leaf: Leaf) -> Tensor:
-        return self._masters.get(leaf.piece, leaf.tensor)
-
-    def _device(self) -> torch.device:
-        return next(iter(self._working_set.leaves.values())).tensor.device
-
-    def _follow(self, leaf: Leaf) -> None:
-        """Bring the master and the rule's state to where the leaf has moved."""
-        device = leaf.tensor.device
-        old = self._parameter(leaf)
-        state = self._inner.state.get(old)
-        if not precision.is_16bit(leaf.tensor.dtype) and leaf.piece in self._masters:
-            del self._masters[leaf.piece]  # the weight is its own master now
-            if state is not None:
-                self._inner.state[leaf.tensor] = self._inner.state.pop(old)
-            self._place()
-        if leaf.piece in self._masters:
-            master = self._masters[leaf.piece]
-            master.data = master.data.to(device)
-        for key, value in (state or {}).items():
-            if isinstance(value, Tensor) and value.dim() > 0:
-                cast("dict[str, Any]", state)[key] = value.to(device)
+        """Fill the group dicts, which stay the same objects, with the active leaves."""
+        for group, leaves in zip(self.param_groups, self._rule.by_group(), strict=True):
+            group["params"] = leaves
 
     def _warn_unused(self) -> None:
         unused = {p.name for p in self._working_set.leaves if not self._book[p].updates}
@@ -412,7 +286,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         """Take everything off the model, for good: it is stock again, trained weights in place."""
         if self._active is not None:
             self.train()
-            self._retire()
+            self._rule.retire(self._active)
             self._working_set.detach()
             self._active = None
 
@@ -439,7 +313,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         state: resume.SavedState = {}
         for k, chunk in enumerate(self.partition):
             if k == self._active:
-                kept = self._active_state()
+                kept = self._rule.state()
             else:
                 kept = self.store.get(str(k), torch.device("cpu")) or {}
             resume.gather(state, chunk, self._book, kept)
@@ -448,7 +322,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             "steps": self._steps,
             "schedule": dict(self.schedule.__dict__),
             "layout": self.layout,
-            "rule": type(self._inner).__name__,
+            "rule": type(self._rule.inner).__name__,
             "moments": self.moments,
             "shapes": {name: list(shape) for name, shape in self.partition.shapes.items()},
             "partition": [[list(piece) for piece in chunk] for chunk in self.partition],
@@ -469,7 +343,10 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             StateError: it belongs to another model, or a value cannot be cut (named).
         """
         saved = resume.check(
-            state_dict, type(self._inner).__name__, self.partition.shapes, self._names_by_group()
+            state_dict,
+            type(self._rule.inner).__name__,
+            self.partition.shapes,
+            self._names_by_group(),
         )
         same_cut = (saved.schedule.chunks, saved.layout) == (self.schedule.chunks, self.layout)
         self.train()
@@ -479,7 +356,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             found = resume.recut(saved, self.partition, self._weights)
         self._working_set.drop_gradients()
         self.store.clear()
-        self._forget()
+        self._rule.forget()
         self.partition, self._book, states = found
         same = same_cut and replace(self.schedule, start=saved.schedule.start) == saved.schedule
         start = saved.schedule.start if same else saved.steps
@@ -494,4 +371,6 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         self._attach(self.active, new_visit=visit_begins and start != saved.schedule.start)
 
     def _names_by_group(self) -> list[list[str]]:
-        return groups_.split(self._groups, self._group_count, ((n, n) for n in self._groups))
+        return groups_.split(
+            self._rule.groups, self._rule.group_count, ((n, n) for n in self._rule.groups)
+        )

@@ -1,0 +1,219 @@
+"""The rule: an unmodified torch optimizer on the leaves of one chunk after another.
+
+    wake    the chunk's state comes from the store; fp32 masters are made when first needed
+    load    gradients reach the rule's parameters, in fp32
+    step    the rule moves leaves and masters
+    write   masters round into the weights
+    retire  state and the masters' low bits go to the store
+
+Its parameters are the leaves themselves, or the fp32 masters of 16-bit ones. Device bytes: gradient
++ master + state of one chunk.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from chunkft.core import groups as groups_
+from chunkft.core import precision
+from chunkft.core.partition import Slice
+from chunkft.core.store import State, Store, nbytes
+from chunkft.core.working_set import Leaf
+
+Values = dict[str, Any]
+Revive = Callable[[Slice, Values], Values]
+
+
+class Rule:
+    """Drives `optimizer_class` on whichever leaves are awake.
+
+    Args:
+        settings: of each group, without "params".
+        group_of: index of a parameter's group, by its name.
+        leaves: the first chunk's.
+        master: "auto", "fp32" or "none".
+        **kwargs: of `optimizer_class`.
+    """
+
+    def __init__(
+        self,
+        optimizer_class: type[torch.optim.Optimizer],
+        settings: Sequence[dict[str, Any]],
+        group_of: dict[str, int],
+        leaves: Mapping[Slice, Leaf],
+        *,
+        store: Store,
+        master: str,
+        **kwargs: Any,
+    ):
+        self.store, self.master = store, master
+        self.leaves = leaves
+        self.groups, self.group_count = group_of, len(settings)
+        self.bytes: dict[str, int] = {}
+        """By kind, of the largest working set so far."""
+        self._masters: dict[Slice, Tensor] = {}
+        self._asleep: dict[Slice, dict[str, Tensor]] = {}  # masters as they rest, until needed
+        self._versions: dict[str, int] = {}  # of the weights after our own last write
+        starts = zip(settings, self.by_group(), strict=True)
+        self.inner = optimizer_class([{**s, "params": tensors} for s, tensors in starts], **kwargs)
+
+    # -- a visit --------------------------------------------------------------------------------
+
+    def wake(self, key: int, leaves: Mapping[Slice, Leaf], revive: Revive | None = None) -> None:
+        """Take over `leaves`, with their state from the store, as `revive` lets it pass."""
+        self.leaves = leaves
+        state = self.store.pop(str(key), self.device) or {}
+        kept: dict[Slice, Values] = {}
+        for (piece, name), value in state.items():
+            kept.setdefault(piece, {})[name] = value
+        for piece, values in kept.items():
+            leaf = leaves[piece]
+            halves = {name: values.pop(name) for name in precision.KEYS if name in values}
+            if halves and precision.is_16bit(leaf.tensor.dtype):
+                self._asleep[piece] = halves
+            if revive is not None:
+                values = revive(piece, values)
+            if values:
+                self.inner.state[leaf.tensor] = values
+        self.note_versions()
+        self.place()
+
+    def load(self, scale: Tensor | None) -> tuple[list[Leaf], list[Tensor]]:
+        """Hand each leaf's gradient to the rule's parameter, in fp32 where the leaf is 16-bit.
+
+        Args:
+            scale: of the loss, by which gradients are divided; None is 1.
+
+        Returns: the leaves that have a gradient, and their parameters.
+        """
+        stepped = [leaf for leaf in self.leaves.values() if leaf.tensor.grad is not None]
+        created = False
+        for leaf in stepped:
+            if precision.is_16bit(leaf.tensor.dtype):
+                created |= self._ready_master(leaf)
+                gradient, leaf.tensor.grad = leaf.tensor.grad, None
+                assert gradient is not None
+                self._masters[leaf.piece].grad = gradient.float()
+            if scale is not None:
+                gradient = self._parameter(leaf).grad
+                assert gradient is not None
+                gradient.mul_(scale.double().reciprocal().to(gradient))
+        if created:
+            self.place()
+        return stepped, [self._parameter(leaf) for leaf in stepped]
+
+    def step(self, outer_groups: Sequence[dict[str, Any]]) -> None:
+        """One step with the hyperparameters of `outer_groups`."""
+        pairs = list(zip(self.inner.param_groups, outer_groups, strict=True))
+        for inner, outer in pairs:
+            groups_.copy_settings(outer, inner)
+        self.inner.step()
+        for inner, outer in pairs:  # where Prodigy, say, keeps its step size
+            groups_.copy_settings(inner, outer)
+
+    def write(self, stepped: Iterable[Leaf]) -> None:
+        """Round masters into the weights and free their gradients."""
+        for leaf in stepped:
+            parameter = self._parameter(leaf)
+            if parameter is not leaf.tensor:
+                leaf.tensor.copy_(parameter)
+                parameter.grad = None
+        self.note_versions()
+
+    def retire(self, key: int) -> None:
+        """Move the state of the awake leaves to the store."""
+        state = self.state()
+        self.forget()
+        if state:
+            self.store.put(str(key), state)
+
+    def forget(self) -> None:
+        for held in (self.inner.state, self._masters, self._asleep):
+            held.clear()
+
+    # -- what it holds --------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.leaves.values())).tensor.device
+
+    def state(self) -> State:
+        """State and masters of the awake leaves, as they rest."""
+        return {
+            (piece, name): value
+            for piece, leaf in self.leaves.items()
+            for name, value in self._kept_of(leaf).items()
+        }
+
+    def measure(self, parameters: Sequence[Tensor]) -> None:
+        """Remember the largest working set, when a step has it whole."""
+        now = {
+            "gradient": nbytes(p.grad for p in parameters),
+            "master": nbytes(self._masters.values()),
+            "state": nbytes(x for p in parameters for x in self.inner.state.get(p, {}).values()),
+        }
+        if sum(now.values()) > sum(self.bytes.values()):
+            self.bytes = now
+
+    def by_group(self) -> list[list[Tensor]]:
+        """The leaves of each group."""
+        tensors = ((piece.name, leaf.tensor) for piece, leaf in self.leaves.items())
+        return groups_.split(self.groups, self.group_count, tensors)
+
+    def place(self) -> None:
+        """Fill the inner group dicts, which stay the same objects, with the parameters."""
+        by_id = {id(leaf.tensor): leaf for leaf in self.leaves.values()}
+        for inner, tensors in zip(self.inner.param_groups, self.by_group(), strict=True):
+            inner["params"] = [self._parameter(by_id[id(tensor)]) for tensor in tensors]
+
+    def follow(self, leaf: Leaf) -> None:
+        """Bring the master and the rule's state to where the leaf has moved."""
+        device = leaf.tensor.device
+        old = self._parameter(leaf)
+        state = self.inner.state.get(old)
+        if not precision.is_16bit(leaf.tensor.dtype) and leaf.piece in self._masters:
+            del self._masters[leaf.piece]  # the weight is its own master now
+            if state is not None:
+                self.inner.state[leaf.tensor] = self.inner.state.pop(old)
+            self.place()
+        if leaf.piece in self._masters:
+            master = self._masters[leaf.piece]
+            master.data = master.data.to(device)
+        for key, value in (state or {}).items():
+            if isinstance(value, Tensor) and value.dim() > 0:
+                cast("dict[str, Any]", state)[key] = value.to(device)
+
+    def note_versions(self) -> None:
+        for piece, leaf in self.leaves.items():
+            self._versions[piece.name] = leaf.tensor._version
+
+    def _ready_master(self, leaf: Leaf) -> bool:
+        """Make the leaf's master hold its value in fp32; True if it is new."""
+        master = self._masters.get(leaf.piece)
+        if master is None:
+            # woken only now: the weights may be loaded after our state
+            halves = self._asleep.pop(leaf.piece, None)
+            master = precision.wake(halves, leaf.tensor) if halves else leaf.tensor.detach().float()
+            self._masters[leaf.piece] = master
+            if leaf.tensor in self.inner.state:
+                self.inner.state[master] = self.inner.state.pop(leaf.tensor)
+            return True
+        known = self._versions.get(leaf.piece.name) == leaf.tensor._version
+        if self.master == "none" or precision.overwritten(leaf.tensor, master, known):
+            master.copy_(leaf.tensor)  # weights were loaded in place: they are the master now
+        return False
+
+    def _kept_of(self, leaf: Leaf) -> Values:
+        values = dict(self.inner.state.get(self._parameter(leaf), {}))
+        values |= self._asleep.get(leaf.piece, {})
+        master = self._masters.get(leaf.piece)
+        if master is not None and self.master != "none":
+            if precision.overwritten(leaf.tensor, master, known=False):
+                master.copy_(leaf.tensor)
+            values |= precision.rest(master, leaf.tensor)
+        return values
+
+    def _parameter(self, leaf: Leaf) -> Tensor:
+        return self._masters.get(leaf.piece, leaf.tensor)
