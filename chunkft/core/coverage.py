@@ -40,14 +40,20 @@ class Audit:
     """Optimizer steps with a gradient, per slice."""
 
 
-def audit(partition: Partition, schedule: Schedule, steps: int, book: Book) -> Audit:
-    """Check the book against what the schedule owed.
+def audit(
+    partition: Partition, schedule: Schedule, steps: int, book: Book, exact: bool = False
+) -> Audit:
+    """Check the book against what the schedule owed; in exact mode every step owes every chunk.
 
     Raises:
         CoverageError: a chunk that was active was not stepped, or got no gradient at all.
     """
+    owed = steps - schedule.start
+    if exact and (late := [p for p, record in book.items() if record.steps < owed]):
+        raise CoverageError(f"{late[0]} took {book[late[0]].steps} of {owed} steps")
     cycle = schedule.start + schedule.chunks * schedule.interval
-    for k in sorted({schedule.chunk(s) for s in range(schedule.start, min(steps, cycle))}):
+    due = set() if exact else {schedule.chunk(s) for s in range(schedule.start, min(steps, cycle))}
+    for k in sorted(due):
         records = [book[piece] for piece in partition[k]]
         names = sorted({piece.name for piece in partition[k]})
         if not all(record.steps for record in records):
@@ -61,7 +67,7 @@ def audit(partition: Partition, schedule: Schedule, steps: int, book: Book) -> A
     used = {piece.name for piece, record in book.items() if record.updates}
     return Audit(
         steps,
-        schedule.cycle(steps),
+        steps if exact else schedule.cycle(steps),
         sum(partition.elements(piece) for piece, record in book.items() if not record.steps),
         tuple(sorted(unused - used)),
         {piece: record.updates for piece, record in book.items()},

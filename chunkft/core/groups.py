@@ -59,6 +59,14 @@ def cost(dtype: torch.dtype) -> int:
     return 2 + 12 if precision.is_16bit(dtype) else 3 * dtype.itemsize
 
 
+def settings_of(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A copy of the hyperparameters of each group."""
+    return [
+        {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
+        for group in groups
+    ]
+
+
 def copy_settings(source: dict[str, Any], target: dict[str, Any]) -> None:
     """Hyperparameters of one group into another; tensors, as torchao's lr, keep their identity."""
     for key, value in source.items():

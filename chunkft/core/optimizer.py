@@ -10,7 +10,7 @@ Device bytes: weights + (gradient + master + state) of one chunk, N/K elements.
 """
 
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import sqrt
@@ -24,12 +24,14 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from chunkft.core import coverage, resume
 from chunkft.core import groups as groups_
 from chunkft.core.checks import check_counts, check_settings
+from chunkft.core.exact import Gradients, elementwise, refuse_schedule
+from chunkft.core.groups import Member
 from chunkft.core.partition import Partition, Slice, cut
 from chunkft.core.partition import Tensor as Shape
 from chunkft.core.rule import Rule, Values
 from chunkft.core.schedule import Schedule
 from chunkft.core.store import Store
-from chunkft.core.working_set import WorkingSet, refuse_parallel
+from chunkft.core.working_set import Leaf, WorkingSet, refuse_parallel
 from chunkft.errors import InputError, NonFiniteGradientError, UnsupportedError
 
 
@@ -46,12 +48,15 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         order: "cyclic", "shuffled" (anew each cycle) or "reversed".
         moments: "persist" keeps the rule's state between visits, "reset" starts it anew, "decay"
             scales the first moment by beta1 to the power of the steps gone by.
+        exact: every chunk in every step (see exact.py): the dense optimizer, to the bit where the
+            rule is elementwise. Schedule settings beside it raise.
         store: where resting state lives: "host" (pinned beside a CUDA model), "device", a
             directory, or a `Store`.
         master: "auto" or "fp32" keep an exact fp32 master of 16-bit weights, "none" rounds
             after every step. The rule always computes in fp32.
         max_grad_norm: clip the active chunk to max_grad_norm * sqrt(its elements / all elements),
-            so that the setting means the same at every K. None does not clip. Clipping of
+            so that the setting means the same at every K; in exact mode the whole gradient to
+            max_grad_norm. None does not clip. Clipping of
             `model.parameters()`, which Trainer does by default (its max_grad_norm=1.0), finds no
             gradient there: set it here, and 0 there.
         seed: of the shuffled order.
@@ -76,6 +81,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         layout: str = "stream",
         order: str = "cyclic",
         moments: str = "persist",
+        exact: bool = False,
         store: str | Path | Store = "host",
         master: str = "auto",
         max_grad_norm: float | None = None,
@@ -84,6 +90,13 @@ class ChunkedOptimizer(torch.optim.Optimizer):
     ):
         check_settings(model, optimizer_class, max_grad_norm, moments=moments, master=master)
         check_counts(chunks=chunks, interval=interval)
+        if exact:
+            refuse_schedule(
+                interval=(interval, 20),
+                order=(order, "cyclic"),
+                moments=(moments, "persist"),
+                seed=(seed, 0),
+            )
         refuse_parallel(model)
         self._working_set = WorkingSet(model)
         self._weights = self._working_set.parameters
@@ -91,25 +104,30 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             Shape(name, tuple(p.shape), p.numel() * groups_.cost(p.dtype))
             for name, p in self._weights.items()
         ]
-        self.partition: Partition = cut(costs, chunks, layout)
+        uncut = exact and not elementwise(optimizer_class, optimizer_kwargs)
+        self.partition: Partition = cut(costs, chunks, layout, whole=uncut)
         self.layout = layout
-        self.schedule = Schedule(chunks, interval, order, seed)
+        self.schedule = Schedule(chunks, 1 if exact else interval, order, seed)
         self.store = store if isinstance(store, Store) else Store(store)
         self.moments, self.max_grad_norm = moments, max_grad_norm
         self._steps = 0
-        self._active: int | None = None
+        self._active: int | None = None  # chunk attached to the model
+        self._attached = False
+        self._gradients = Gradients(self._weights, self.store) if exact else None
         self._book = {piece: coverage.Record() for chunk in self.partition for piece in chunk}
         self._warned: set[str] = set()
         self._norm: Tensor | None = None
         group_of, settings = groups_.assign(self._weights, groups)
 
         try:
-            self._working_set.attach(self.partition[self.schedule.chunk(0)])
+            first = self.partition[self.schedule.chunk(0)]
+            if not exact:
+                self._working_set.attach(first)
             self._rule = Rule(
                 optimizer_class,
                 settings,
                 group_of,
-                self._working_set.leaves,
+                self._working_set.view(first) if exact else self._working_set.leaves,
                 store=self.store,
                 master=master,
                 **optimizer_kwargs,
@@ -121,15 +139,23 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         except BaseException:
             self._working_set.detach()  # or a second try would find one chunk trainable
             raise
-        self._active = self.schedule.chunk(0)
-        self._place()
+        if exact:
+            self._attach(None, new_visit=False)
+        else:
+            self._attached, self._active = True, self.active
+            self._place()
 
     # -- what users read ------------------------------------------------------------------------
 
     @property
-    def active(self) -> int:
-        """Index in `.partition` of the chunk that the next backward trains."""
-        return self.schedule.chunk(self._steps)
+    def active(self) -> int | None:
+        """Index in `.partition` of the chunk that the next backward trains; None in exact mode."""
+        return None if self.exact else self.schedule.chunk(self._steps)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every chunk takes part in every step."""
+        return self._gradients is not None
 
     @property
     def steps(self) -> int:
@@ -152,13 +178,15 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         Raises:
             CoverageError: a chunk whose visit is over was not stepped, or got no gradient at all.
         """
-        return coverage.audit(self.partition, self.schedule, self._steps, self._book)
+        return coverage.audit(self.partition, self.schedule, self._steps, self._book, self.exact)
 
     # -- a step ---------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update the active chunk, advance the schedule, attach the next chunk.
+
+        In exact mode update all chunks, one after another.
 
         Consumes and frees the gradients: Trainer calls `model.zero_grad()` only.
 
@@ -170,25 +198,72 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.train()
-        self._working_set.collect()
         scale, overflow = self._from_scaler()
         if overflow:
-            self._working_set.drop_gradients()
-            return loss
+            self.zero_grad()
+        elif self._gradients is not None:
+            self._step_all(self._gradients, scale)
+        else:
+            self._step_active(scale)
+        return loss
+
+    def _step_active(self, scale: Tensor | None) -> None:
+        self._working_set.collect()
         self._working_set.check_lost()
         stepped, parameters = self._rule.load(scale)
-        self._clip(parameters)
+        self._norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._refuse_non_finite()
+        if self.max_grad_norm is not None:
+            sizes = self.partition.sizes()
+            share = sqrt(sizes[self.schedule.chunk(self._steps)] / sum(sizes))
+            clip_grads_with_norm_(parameters, self.max_grad_norm * share, self._norm)
         self._rule.step(self.param_groups)
         self._rule.measure(parameters)
         self._rule.write(stepped)
         self._working_set.drop_gradients()
-        for piece in self._working_set.leaves:
+        self._note(stepped)
+        self._advance()
+
+    def _step_all(self, gradients: Gradients, scale: Tensor | None) -> None:
+        gradients.collect()
+        self._norm = gradients.norm(scale)
+        self._refuse_non_finite()
+        for k, chunk in enumerate(self.partition):
+            self._rule.wake(k, self._working_set.view(chunk))
+            if k + 1 < len(self.partition):
+                self.store.prefetch(str(k + 1), self._rule.device)
+            for piece, leaf in self._rule.leaves.items():
+                leaf.tensor.grad = gradients.rows(piece, leaf.tensor.device)
+            stepped, parameters = self._rule.load(scale)
+            if self.max_grad_norm is not None:
+                clip_grads_with_norm_(parameters, self.max_grad_norm, self._norm)
+            before = groups_.settings_of(self.param_groups)
+            self._rule.step(self.param_groups)
+            self._refuse_progress(before)
+            self._rule.measure(parameters)
+            self._rule.write(stepped)
+            self._note(stepped)
+            self._rule.retire(k)
+            gradients.drop(chunk)
+        if not self._steps:
+            self._warn_unused(self._book)
+        self._steps += 1
+
+    def _note(self, stepped: Sequence[Leaf]) -> None:
+        for piece in self._rule.leaves:
             self._book[piece].steps += 1
         for leaf in stepped:
             self._book[leaf.piece].updates += 1
             self._book[leaf.piece].last = self._steps
-        self._advance()
-        return loss
+
+    def _refuse_progress(self, before: list[dict[str, Any]]) -> None:
+        """A rule that counts its steps in the group would count each chunk as one."""
+        for old, new in zip(before, groups_.settings_of(self.param_groups), strict=True):
+            if changed := [key for key in new if key not in old or old[key] != new[key]]:
+                raise UnsupportedError(
+                    f"{type(self._rule.inner).__name__} keeps {changed[0]!r} for all parameters "
+                    f"together, so its step cannot be taken chunk by chunk; use it without exact"
+                )
 
     def train(self) -> None:
         """Make ready for a forward pass; Trainer and accelerate call it before each.
@@ -199,46 +274,46 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             ReplacedParameterError: the model's parameters are not those it had.
             UnsupportedError: after `detach()`, or with several processes.
         """
-        if self._active is None:
+        if not self._attached:
             raise UnsupportedError("the optimizer is detached; build a new one to go on training")
         refuse_parallel(self._working_set.model)
         for leaf in self._working_set.refresh():
             self._rule.follow(leaf)
-        self._working_set.keep_truncation()
+        if not self.exact:
+            self._working_set.keep_truncation()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients collected so far; after `step()` there are none."""
         self._working_set.drop_gradients()
+        if self._gradients is not None:
+            self._gradients.drop()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only the constructor may: the chunks are cut once."""
-        if getattr(self, "_active", None) is not None:
+        if getattr(self, "_attached", False):
             raise InputError("chunks are cut once: pass groups= when building ChunkedOptimizer")
         super().add_param_group(param_group)
 
     def _from_scaler(self) -> tuple[Tensor | None, bool]:
         found = cast("Tensor | None", getattr(self, "found_inf", None))
-        return getattr(self, "grad_scale", None), found is not None and bool(found.item())
+        return getattr(self, "grad_scale", None), bool(found)
 
-    def _clip(self, parameters: list[Tensor]) -> None:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        self._norm = norm = get_total_norm(gradients)
-        if not bool(torch.isfinite(norm)):
-            for parameter in parameters:
-                parameter.grad = None
-            self._working_set.drop_gradients()
-            raise NonFiniteGradientError(
-                f"gradient norm {float(norm)} at step {self._steps}, chunk {self.active}: nothing "
-                f"was written; lower the learning rate, clip, or look at this batch"
-            )
-        if self.max_grad_norm is not None:
-            sizes = self.partition.sizes()
-            share = sqrt(sizes[self.active] / sum(sizes))
-            clip_grads_with_norm_(parameters, self.max_grad_norm * share, norm)
+    def _refuse_non_finite(self) -> None:
+        assert self._norm is not None
+        if bool(torch.isfinite(self._norm)):
+            return
+        for leaf in self._rule.leaves.values():
+            self._rule.parameter(leaf).grad = None
+        self.zero_grad()
+        chunk = "" if self.exact else f", chunk {self.active}"
+        raise NonFiniteGradientError(
+            f"gradient norm {float(self._norm)} at step {self._steps}{chunk}: nothing was "
+            f"written; lower the learning rate, clip, or look at this batch"
+        )
 
     def _advance(self) -> None:
         if self.schedule.last_step_of_visit(self._steps):
-            self._warn_unused()
+            self._warn_unused(self._working_set.leaves)
         self._steps += 1
         following = self.active
         if following != self._active:
@@ -252,9 +327,14 @@ class ChunkedOptimizer(torch.optim.Optimizer):
 
     # -- switching ------------------------------------------------------------------------------
 
-    def _attach(self, k: int, new_visit: bool) -> None:
+    def _attach(self, k: int | None, new_visit: bool) -> None:
+        self._attached, self._active = True, k
+        if k is None:
+            assert self._gradients is not None
+            self._gradients.attach()
+            self._place()
+            return
         self._working_set.attach(self.partition[k])
-        self._active = k
         self._rule.wake(k, self._working_set.leaves, self._revive if new_visit else None)
         self._place()
 
@@ -268,12 +348,18 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         return values
 
     def _place(self) -> None:
-        """Fill the group dicts, which stay the same objects, with the active leaves."""
-        for group, leaves in zip(self.param_groups, self._rule.by_group(), strict=True):
-            group["params"] = leaves
+        """Fill the group dicts, which stay the same objects, with what carries gradients."""
+        members = self._rule.by_group()
+        if self._gradients is not None:
+            members = self._by_group(self._gradients.stand_ins.items())
+        for group, tensors in zip(self.param_groups, members, strict=True):
+            group["params"] = tensors
 
-    def _warn_unused(self) -> None:
-        unused = {p.name for p in self._working_set.leaves if not self._book[p].updates}
+    def _by_group(self, members: Iterable[tuple[str, Member]]) -> list[list[Member]]:
+        return groups_.split(self._rule.groups, self._rule.group_count, members)
+
+    def _warn_unused(self, pieces: Iterable[Slice]) -> None:
+        unused = {p.name for p in pieces if not self._book[p].updates}
         if fresh := sorted(unused - self._warned):
             self._warned |= unused
             warnings.warn(
@@ -284,23 +370,27 @@ class ChunkedOptimizer(torch.optim.Optimizer):
 
     def detach(self) -> None:
         """Take everything off the model, for good: it is stock again, trained weights in place."""
-        if self._active is not None:
-            self.train()
+        if not self._attached:
+            return
+        self.train()
+        if self._gradients is not None:
+            self._gradients.detach()
+        elif self._active is not None:
             self._rule.retire(self._active)
-            self._working_set.detach()
-            self._active = None
+        self._working_set.detach()
+        self._attached, self._active = False, None
 
     @contextmanager
     def detached(self) -> Generator[nn.Module]:
         """The stock model, for a while; gradients collected so far are kept."""
-        active, gradients = self._active, dict[Slice, Tensor]()
+        attached, active, gradients = self._attached, self._active, dict[Slice, Tensor]()
         for leaf, gradient in self._working_set.gradients():
             gradients[leaf.piece] = gradient
         self.detach()
         try:
             yield self._working_set.model
         finally:
-            if active is not None:
+            if attached:
                 self._attach(active, new_visit=False)
                 for piece, gradient in gradients.items():
                     self._working_set.leaves[piece].tensor.grad = gradient
@@ -324,6 +414,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             "layout": self.layout,
             "rule": type(self._rule.inner).__name__,
             "moments": self.moments,
+            "exact": self.exact,
             "shapes": {name: list(shape) for name, shape in self.partition.shapes.items()},
             "partition": [[list(piece) for piece in chunk] for chunk in self.partition],
             "state": state,
@@ -336,8 +427,9 @@ class ChunkedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken: to the bit with the same chunks and schedule.
 
-        With another K or layout the state is cut anew and a new cycle begins; load the model's
-        weights first then. With another interval, order or seed a new cycle begins.
+        With another K or layout, or from exact mode to chunks or back, the state is cut anew and a
+        new cycle begins; load the model's weights first then. With another interval, order or
+        seed a new cycle begins.
 
         Raises:
             StateError: it belongs to another model, or a value cannot be cut (named).
@@ -348,13 +440,17 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             self.partition.shapes,
             self._names_by_group(),
         )
-        same_cut = (saved.schedule.chunks, saved.layout) == (self.schedule.chunks, self.layout)
+        same_cut = (saved.schedule.chunks, saved.layout, saved.exact) == (
+            self.schedule.chunks,
+            self.layout,
+            self.exact,
+        )
         self.train()
         if same_cut:
             found = (saved.partition, *resume.restore(saved))
         else:
             found = resume.recut(saved, self.partition, self._weights)
-        self._working_set.drop_gradients()
+        self.zero_grad()
         self.store.clear()
         self._rule.forget()
         self.partition, self._book, states = found
@@ -371,6 +467,4 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         self._attach(self.active, new_visit=visit_begins and start != saved.schedule.start)
 
     def _names_by_group(self) -> list[list[str]]:
-        return groups_.split(
-            self._rule.groups, self._rule.group_count, ((n, n) for n in self._rule.groups)
-        )
+        return self._by_group((name, name) for name in self._rule.groups)

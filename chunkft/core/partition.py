@@ -119,8 +119,8 @@ class Partition(Sequence[Chunk]):
         return piece.rows == self.rows(piece.name)
 
 
-def cut(tensors: Sequence[Tensor], chunks: int, layout: str) -> Partition:
-    """Cut `tensors` into `chunks` chunks.
+def cut(tensors: Sequence[Tensor], chunks: int, layout: str, whole: bool = False) -> Partition:
+    """Cut `tensors` into `chunks` chunks; with `whole`, at their borders only.
 
     Raises:
         PartitionError: nothing to train, chunks < 1, or more chunks than there are atoms.
@@ -134,10 +134,16 @@ def cut(tensors: Sequence[Tensor], chunks: int, layout: str) -> Partition:
         raise PartitionError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
     total = sum(t.cost for t in tensors)
     whole_below = WHOLE_BELOW * total / max(chunks, 1)
-    atoms = [1 if len(t.shape) < 2 or t.cost < whole_below else t.rows for t in tensors]
+    uncut = [whole or len(t.shape) < 2 or t.cost < whole_below for t in tensors]
+    atoms = [1 if one else t.rows for one, t in zip(uncut, tensors, strict=True)]
     if not 1 <= chunks <= sum(atoms):
+        places = (
+            "tensors of this model, within which this rule allows no cut"
+            if whole
+            else ("rows this model can be cut at")
+        )
         raise PartitionError(
-            f"chunks={chunks} is outside 1..{sum(atoms)}, the rows this model can be cut at; "
+            f"chunks={chunks} is outside 1..{sum(atoms)}, the {places}; "
             f"choose a number in that range"
         )
     deal = _stream if layout == "stream" else _spread

@@ -35,6 +35,7 @@ class Saved(NamedTuple):
     steps: int
     schedule: Schedule
     layout: str
+    exact: bool
     partition: Partition
     records: Book
     values: dict[Slice, dict[str, Any]]
@@ -96,7 +97,10 @@ def check(
         schedule = Schedule(**state_dict["schedule"])
     except (ChunkFTError, KeyError) as e:
         raise StateError(f"the saved partition does not fit this model: {e}") from e
-    return Saved(state_dict["steps"], schedule, state_dict["layout"], partition, records, values)
+    exact = state_dict.get("exact", False)
+    return Saved(
+        state_dict["steps"], schedule, state_dict["layout"], exact, partition, records, values
+    )
 
 
 def restore(saved: Saved) -> tuple[Book, States]:

@@ -97,12 +97,12 @@ class Rule:
                 assert gradient is not None
                 self._masters[leaf.piece].grad = gradient.float()
             if scale is not None:
-                gradient = self._parameter(leaf).grad
+                gradient = self.parameter(leaf).grad
                 assert gradient is not None
                 gradient.mul_(scale.double().reciprocal().to(gradient))
         if created:
             self.place()
-        return stepped, [self._parameter(leaf) for leaf in stepped]
+        return stepped, [self.parameter(leaf) for leaf in stepped]
 
     def step(self, outer_groups: Sequence[dict[str, Any]]) -> None:
         """One step with the hyperparameters of `outer_groups`."""
@@ -116,7 +116,7 @@ class Rule:
     def write(self, stepped: Iterable[Leaf]) -> None:
         """Round masters into the weights and free their gradients."""
         for leaf in stepped:
-            parameter = self._parameter(leaf)
+            parameter = self.parameter(leaf)
             if parameter is not leaf.tensor:
                 leaf.tensor.copy_(parameter)
                 parameter.grad = None
@@ -166,12 +166,12 @@ class Rule:
         """Fill the inner group dicts, which stay the same objects, with the parameters."""
         by_id = {id(leaf.tensor): leaf for leaf in self.leaves.values()}
         for inner, tensors in zip(self.inner.param_groups, self.by_group(), strict=True):
-            inner["params"] = [self._parameter(by_id[id(tensor)]) for tensor in tensors]
+            inner["params"] = [self.parameter(by_id[id(tensor)]) for tensor in tensors]
 
     def follow(self, leaf: Leaf) -> None:
         """Bring the master and the rule's state to where the leaf has moved."""
         device = leaf.tensor.device
-        old = self._parameter(leaf)
+        old = self.parameter(leaf)
         state = self.inner.state.get(old)
         if not precision.is_16bit(leaf.tensor.dtype) and leaf.piece in self._masters:
             del self._masters[leaf.piece]  # the weight is its own master now
@@ -206,7 +206,7 @@ class Rule:
         return False
 
     def _kept_of(self, leaf: Leaf) -> Values:
-        values = dict(self.inner.state.get(self._parameter(leaf), {}))
+        values = dict(self.inner.state.get(self.parameter(leaf), {}))
         values |= self._asleep.get(leaf.piece, {})
         master = self._masters.get(leaf.piece)
         if master is not None and self.master != "none":
@@ -215,5 +215,5 @@ class Rule:
             values |= precision.rest(master, leaf.tensor)
         return values
 
-    def _parameter(self, leaf: Leaf) -> Tensor:
+    def parameter(self, leaf: Leaf) -> Tensor:
         return self._masters.get(leaf.piece, leaf.tensor)

@@ -92,6 +92,13 @@ class Store:
             self._kept.pop(key, None)
         return state
 
+    def room(self, key: str, like: Tensor) -> Tensor | None:
+        """Memory laid out as `like` where states rest; None where they stay where they are."""
+        if self.kind == "device" or (self.kind == "host" and not like.is_cuda):
+            return None
+        raw = Slab(_aligned(like), self._path(key), None).bytes
+        return _shaped(raw[: like.numel() * like.element_size()], like)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the states kept."""

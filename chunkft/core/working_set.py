@@ -94,6 +94,17 @@ class WorkingSet:
                     if attribute == "weight" and (rule := rule_of(module)):
                         self._owners[name].append((module, rule))
 
+    def view(self, chunk: Chunk) -> dict[Slice, Leaf]:
+        """Leaves of `chunk`, with nothing attached to the model."""
+        return {piece: self._leaf(piece) for piece in chunk}
+
+    def _leaf(self, piece: Slice) -> Leaf:
+        weight = self.parameters[piece.name]
+        leaf = Leaf(piece, torch.empty(0), piece.rows == (weight.shape[0] if weight.dim() else 1))
+        leaf.tensor = leaf.view(weight).requires_grad_()
+        leaf.home = _home(leaf.tensor)
+        return leaf
+
     def attach(self, chunk: Chunk) -> None:
         """Make exactly the slices of `chunk` trainable."""
         self.detach(restore=False)
@@ -111,12 +122,8 @@ class WorkingSet:
 
     def _attach_tensor(self, name: str, pieces: list[Slice]) -> None:
         weight = self.parameters[name]
-        rows = weight.shape[0] if weight.dim() else 1
-        leaves = [Leaf(p, torch.empty(0), p.stop - p.start == rows) for p in pieces]
-        for leaf in leaves:
-            leaf.tensor = leaf.view(weight).requires_grad_()
-            leaf.home = _home(leaf.tensor)
-            self.leaves[leaf.piece] = leaf
+        leaves = [self._leaf(piece) for piece in pieces]
+        self.leaves.update((leaf.piece, leaf) for leaf in leaves)
         self._handles.append(weight.register_post_accumulate_grad_hook(_Mover(leaves)))
         adjacent = all(a.stop == b.start for a, b in itertools.pairwise(pieces))
         stock = leaves[0].whole or not adjacent  # autograd's whole gradient; the hook moves it
@@ -250,7 +257,11 @@ def _home(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.device
 
 
-class _Mover:
+class Hook:
+    """A post-accumulate hook of ours: the mark of a model that is attached."""
+
+
+class _Mover(Hook):
     """The post-accumulate hook: rows of W.grad go to the leaves, W.grad goes away."""
 
     def __init__(self, leaves: Sequence[Leaf]):
@@ -280,7 +291,7 @@ def refuse_attached(model: nn.Module) -> None:
     """Raise InputError if another optimizer has `model`: all but its chunk would look frozen."""
     for name, parameter in model.named_parameters():
         hooks: dict[int, Any] = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-        if any(isinstance(hook, _Mover) for hook in hooks.values()):
+        if any(isinstance(hook, Hook) for hook in hooks.values()):
             raise InputError(
                 f"{name} belongs to a ChunkedOptimizer already; call detach() on that one first"
             )

@@ -92,8 +92,9 @@ def head_log_probs(hidden: Tensor, head: nn.Module, labels: Tensor) -> tuple[Ten
     weight: Tensor = head.weight  # pyright: ignore[reportAssignmentType]
     start, leaves = 0, (weight,) if weight.requires_grad else ()
     if isinstance(own, SlicedForward) and own.leaves:
-        start, leaves = own.start, own.leaves
         own.seen_grad |= torch.is_grad_enabled()
+        if own.rule != "stock":  # then autograd sums a tied weight's two uses, and the hook moves
+            start, leaves = own.start, own.leaves
     hidden, cast = cast_for_autocast(hidden, weight.detach())
     log_probs, entropy, top1 = HeadLogProbs.apply(hidden, cast, labels, start, *leaves)  # pyright: ignore[reportGeneralTypeIssues]
     return log_probs, entropy, top1

@@ -32,6 +32,7 @@ from chunkft.recipes.records import Data, check_raw, check_tokenized, load_data
 from chunkft.train import checkpoints, report
 from chunkft.train.config import (
     Rotation,
+    choose_chunks,
     choose_learning_rate,
     choose_rotation,
     longest_visit,
@@ -48,6 +49,7 @@ from chunkft.train.trainer import (
 
 DEFAULT_MODEL = "smollm2-135m"
 RESUME = "--resume_from_checkpoint"
+SCHEDULE = {"interval", "layout", "order", "moments"}  # settings of --method chunk only
 
 
 class ChunkSFTTrainer(SFTTrainer):
@@ -149,20 +151,21 @@ def _prepare(setting: str | bool | None, out: Path) -> Path | None:
 
 
 def _check(job: Job) -> None:
-    if job.chunk.method == "chunk" and job.model.use_peft:
+    method = job.chunk.method
+    if method != "full" and job.model.use_peft:
         raise InputError(
-            "--use_peft with --method chunk: chunks train all weights and need no adapter; leave "
-            "--use_peft out, or use --method full for LoRA"
+            f"--use_peft with --method {method}: chunks train all weights and need no adapter; "
+            f"leave --use_peft out, or use --method full for LoRA"
         )
     if not job.model.use_peft and (job.model.load_in_4bit or job.model.load_in_8bit):
         raise InputError(
             "--load_in_4bit and --load_in_8bit freeze the weights, so there is nothing to train; "
             "leave them out, or add --use_peft --method full"
         )
-    idle = {"chunks", "interval", "layout", "order", "moments"} & job.given
-    if job.chunk.method == "full" and idle:
-        names = " ".join(f"--{name}" for name in sorted(idle))
-        print(f"warning: {names} without effect: --method full trains all weights at once")
+    idle = {"chunk": set[str](), "exact": SCHEDULE, "full": SCHEDULE | {"chunks"}}[method]
+    if idle & job.given:
+        names = " ".join(f"--{name}" for name in sorted(idle & job.given))
+        print(f"warning: {names} without effect: --method {method} trains all weights every step")
     if job.mixture.datasets and job.script.dataset_name:
         print(f"warning: --dataset_name {job.script.dataset_name} without effect beside datasets")
     if job.script.dataset_streaming:
@@ -223,11 +226,9 @@ def _build_chunks(job: Job, trainer: ChunkSFTTrainer, found: Path | None) -> Chu
     kept = checkpoints.kept(found) if found else None
     if kept:
         _take_over(job, kept)
-    rotation = Rotation(1, 1)  # dense training with an fp32 master is one chunk
-    if job.chunk.method == "chunk":
-        rotation = _rotation(job, trainer, steps, kept)
-        if "learning_rate" not in job.given:
-            args.learning_rate = choose_learning_rate(rotation.chunks, job.chunk.layout)
+    rotation = _rotation(job, trainer, steps, kept)
+    if job.chunk.method == "chunk" and "learning_rate" not in job.given:
+        args.learning_rate = choose_learning_rate(rotation.chunks, job.chunk.layout)
     if kept and kept.learning_rate is not None:
         if "learning_rate" in job.given and args.learning_rate != kept.learning_rate:
             print(
@@ -240,9 +241,10 @@ def _build_chunks(job: Job, trainer: ChunkSFTTrainer, found: Path | None) -> Chu
         args.max_steps, args.num_train_epochs = -1, 0  # Trainer would take one step more
     optimizer = build_optimizer(trainer, job.chunk, rotation)
     sizes = optimizer.partition.sizes()
+    each = f"({job.chunk.layout}), {rotation.interval} steps each"
     print(
         f"{sum(sizes):,} trainable parameters in {rotation.chunks} chunks of "
-        f"{max(sizes):,} at most ({job.chunk.layout}), {rotation.interval} steps each; "
+        f"{max(sizes):,} at most{', all in every step' if optimizer.exact else ' ' + each}; "
         f"learning rate {trainer.args.learning_rate:.2e}",
         flush=True,
     )
@@ -251,6 +253,8 @@ def _build_chunks(job: Job, trainer: ChunkSFTTrainer, found: Path | None) -> Chu
 
 def _take_over(job: Job, kept: checkpoints.Kept) -> None:
     """Settings of the checkpoint in the place of those that nobody gave."""
+    if "method" not in job.given and kept.exact:
+        job.chunk.method = "exact"
     for name in ("layout", "order", "moments"):
         if name not in job.given:
             setattr(job.chunk, name, getattr(kept, name))
@@ -259,31 +263,40 @@ def _take_over(job: Job, kept: checkpoints.Kept) -> None:
 def _rotation(
     job: Job, trainer: ChunkSFTTrainer, steps: int, kept: checkpoints.Kept | None
 ) -> Rotation:
+    assert trainer.model is not None
+    elements = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     chunks, interval = job.chunk.chunks, job.chunk.interval
+    if job.chunk.method == "full":
+        return Rotation(1, 1)  # dense training with an fp32 master is one chunk
+    if job.chunk.method == "exact":
+        again = kept.chunks if kept and kept.exact else None
+        return Rotation(chunks or again or choose_chunks(elements), 1)
     # one chunk is dense training, which somebody may want to leave
     if kept and (kept.chunks > 1 or "method" not in job.given):
         if chunks is None and interval is None:
             return Rotation(kept.chunks, kept.interval)
         chunks = kept.chunks if chunks is None else chunks
         interval = kept.interval if interval is None else interval
-    assert trainer.model is not None
-    elements = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     longest = longest_visit(job.chunk.layout, job.chunk.store)
     return choose_rotation(chunks, interval, steps, elements, longest)
 
 
 def _settings(job: Job, optimizer: ChunkedOptimizer) -> dict[str, Any]:
-    args = job.training
+    args, rotation = job.training, {}
+    if not optimizer.exact:
+        rotation = {
+            "interval": optimizer.schedule.interval,
+            "layout": job.chunk.layout,
+            "order": job.chunk.order,
+            "moments": optimizer.moments,
+        }
     return {
         "model": job.model.model_name_or_path or DEFAULT_MODEL,
         "dtype": job.model.dtype,
         "data": [d.path or d.data_files for d in job.mixture.datasets] or job.script.dataset_name,
         "method": job.chunk.method,
         "chunks": optimizer.schedule.chunks,
-        "interval": optimizer.schedule.interval,
-        "layout": job.chunk.layout,
-        "order": job.chunk.order,
-        "moments": optimizer.moments,
+        **rotation,
         "store": job.chunk.store,
         "optim": str(getattr(args.optim, "value", args.optim)),
         "learning_rate": args.learning_rate,

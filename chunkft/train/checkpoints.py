@@ -130,6 +130,7 @@ class Kept(NamedTuple):
     order: str
     layout: str
     moments: str
+    exact: bool
     learning_rate: float | None
     """Of the schedule's beginning; None where the schedule keeps none (reduce_lr_on_plateau)."""
 
@@ -145,6 +146,7 @@ def kept(found: Path) -> Kept:
         schedule["order"],
         state["layout"],
         state["moments"],
+        state.get("exact", False),
         None if rate is None else float(rate),
     )
 

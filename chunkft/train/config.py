@@ -38,8 +38,9 @@ class ChunkArguments:
 
     method: str = setting(
         "chunk",
-        "chunk: train all parameters, one chunk at a time. full: dense training, all at once.",
-        choices=["chunk", "full"],
+        "chunk: train all parameters, one chunk at a time. exact: all chunks in every step, one "
+        "after another: dense training's result at one chunk's memory. full: dense, all at once.",
+        choices=["chunk", "exact", "full"],
     )
     chunks: int | None = setting(
         None,
@@ -92,6 +93,14 @@ def choose_moments(optim: str) -> str:
     return "decay" if optim.startswith(ADAMW) else "persist"
 
 
+def choose_chunks(parameters: int) -> int:
+    """K by working bytes alone."""
+    fitting = FEWEST_CHUNKS
+    while fitting < MOST_CHUNKS and parameters / fitting * BYTES_PER_ELEMENT > WORKING_BYTES:
+        fitting *= 2
+    return fitting
+
+
 def choose_rotation(
     chunks: int | None, interval: int | None, steps: int, parameters: int, longest: int
 ) -> Rotation:
@@ -106,10 +115,7 @@ def choose_rotation(
     for name, value in (("chunks", chunks), ("interval", interval)):
         if value is not None and value < 1:
             raise InputError(f"--{name} {value} must be at least 1")
-    fitting = FEWEST_CHUNKS
-    while fitting < MOST_CHUNKS and parameters / fitting * BYTES_PER_ELEMENT > WORKING_BYTES:
-        fitting *= 2
-    k = chunks or max(1, min(fitting, steps // (2 * (interval or 1))))
+    k = chunks or max(1, min(choose_chunks(parameters), steps // (2 * (interval or 1))))
     t = interval or max(1, min(longest, steps // (2 * k)))
     if k * t > steps:
         raise InputError(

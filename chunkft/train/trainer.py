@@ -101,18 +101,23 @@ def build_optimizer(
         {"params": [p for n, p in trainable if n in decayed], "weight_decay": args.weight_decay},
         {"params": [p for n, p in trainable if n not in decayed], "weight_decay": 0.0},
     ]
+    schedule: dict[str, Any] = {"exact": True}
+    if settings.method != "exact":
+        schedule = {
+            "interval": rotation.interval,
+            "layout": settings.layout,
+            "order": settings.order,
+            "moments": settings.moments or choose_moments(optim),
+            "seed": args.seed,
+        }
     optimizer = ChunkedOptimizer(
         model,
         cls,
         groups=groups,
         chunks=rotation.chunks,
-        interval=rotation.interval,
-        layout=settings.layout,
-        order=settings.order,
-        moments=settings.moments or choose_moments(optim),
         store=settings.store,
         max_grad_norm=args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None,
-        seed=args.seed,
+        **schedule,
         **kwargs,
     )
     args.max_grad_norm = 0.0
@@ -167,10 +172,11 @@ class RunCallback(TrainerCallback):
         if loss is None:
             return
         tokens, done = self.tokens(), self.optimizer.steps
-        schedule, seconds = self.optimizer.schedule, sum(self.step_seconds[self._logged :])
+        seconds = sum(self.step_seconds[self._logged :])
         logs["grad_norm"] = self.optimizer.grad_norm or 0.0
-        logs["chunk"] = schedule.chunk(done - 1)
-        logs["cycle"] = schedule.cycle(done)
+        if not self.optimizer.exact:
+            logs["chunk"] = self.optimizer.schedule.chunk(done - 1)
+            logs["cycle"] = self.optimizer.schedule.cycle(done)
         logs["tokens_per_second"] = round((tokens - self._counted) / max(seconds, 1e-9), 1)
         logs["peak_gib"] = round(peak_memory_gib(), 3)
         self._counted, self._logged = tokens, len(self.step_seconds)
@@ -189,11 +195,13 @@ class RunCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         if logs and "loss" in logs:
+            where = f"all {self.optimizer.schedule.chunks} chunks"
+            if "chunk" in logs:
+                place = f"{logs['chunk'] + 1:.0f}/{self.optimizer.schedule.chunks}"
+                where = f"chunk {place} cycle {logs['cycle']:.0f}"
             self.bar.set_postfix_str(
                 f"loss {logs['loss']:.4f} lr {logs['learning_rate']:.2e} "
-                f"norm {logs['grad_norm']:.3g} "
-                f"chunk {logs['chunk'] + 1:.0f}/{self.optimizer.schedule.chunks} "
-                f"cycle {logs['cycle']:.0f} "
+                f"norm {logs['grad_norm']:.3g} {where} "
                 f"{logs['tokens_per_second']:.0f} tok/s peak {logs['peak_gib']:.2f} GiB"
             )
         elif logs and any(key.startswith("eval_loss") for key in logs):

@@ -57,6 +57,22 @@ def test_a_run_trains_everything_and_says_so(sft, tiny_model):
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_exact_is_full_to_the_bit(sft):
+    """Clipped, accumulated, with decay groups; stopped half-way and resumed without a word."""
+    common = ["--gradient_accumulation_steps", 2, "--weight_decay", 0.1, "--max_grad_norm", 0.1]
+    common += ["--learning_rate", 1e-2]
+    assert sft("--method", "full", *common, out="full")[0] == 0
+    common += ["--save_steps", 3]
+    code, out, _, exact = sft("--method", "exact", "--chunks", 5, *common, out="exact")
+    assert code == 0 and "in 5 chunks" in out and "all in every step" in out
+    assert same(exact, exact.parent / "full")
+    (exact / "checkpoint-8" / "chunkft_manifest.json").unlink()
+    code, out, _, _ = sft(*common, "--resume_from_checkpoint", out="exact")
+    assert code == 0 and "checkpoint-6" in out and "in 5 chunks" in out
+    assert same(exact, exact.parent / "full")
+    assert "| method | exact |" in (exact / "report.md").read_text()
+
+
 def test_every_element_moves_in_full_and_chunk(sft):
     assert sft("--method", "full", out="full")[0] == 0
     assert sft("--chunks", 4, "--layout", "stream", out="stream")[0] == 0

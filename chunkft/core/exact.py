@@ -1,0 +1,182 @@
+"""Exact mode: every chunk passes through the working set in every step.
+
+    backward   the gradient of each weight, once whole, is added up off the device
+    step       norm over all of them; then chunk by chunk: gradient, state and master in, the rule,
+               weight, state and low bits out
+
+For an elementwise rule that is the rule's own dense result to the bit, with accumulation and
+clipping by the global norm; any other rule is cut at tensor borders.
+
+Device bytes: gradient, master and state of one chunk, and while backward runs the dense gradients
+of two tensors, one of them on its way off. Off the device: one gradient an element, in the weights'
+dtype, beside the resting state.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from chunkft.core import precision
+from chunkft.core.partition import Chunk, Slice
+from chunkft.core.sliced_ops import repoint
+from chunkft.core.store import Store
+from chunkft.core.working_set import Hook
+from chunkft.errors import InputError
+
+# An element's update depends on nothing but this element's weight, gradient and state. A subclass
+# may do anything.
+ELEMENTWISE = tuple(
+    getattr(torch.optim, name)
+    for name in (
+        *("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD"),
+        *("NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
+    )
+)
+
+
+def elementwise(rule: type[torch.optim.Optimizer], kwargs: dict[str, Any]) -> bool:
+    """Whether a slice goes the same way alone as within its tensor, to the bit."""
+    # torch's fused SGD rounds otherwise in the last elements of a tensor, past the whole vectors
+    fused_sgd = rule is torch.optim.SGD and kwargs.get("fused")
+    return rule in ELEMENTWISE and not fused_sgd
+
+
+class Gradients:
+    """Gradients of all weights, added up off the device from one step to the next.
+
+    Args:
+        weights: trainable parameters by name.
+        store: gradients lie where states rest.
+
+    `stand_ins` have the weights' shapes and carry the gradients, on whatever device those are:
+    what GradScaler and accelerate find in the optimizer's groups.
+    """
+
+    def __init__(self, weights: dict[str, nn.Parameter], store: Store):
+        self.weights, self.store = weights, store
+        self.stand_ins = {name: _hollow(weight) for name, weight in weights.items()}
+        self._rooms: dict[str, Tensor | None] = {}
+        self._handles: list[Any] = []
+        self._stream: torch.cuda.Stream | None = None
+        self._sent: torch.Event | None = None
+
+    def attach(self) -> None:
+        """Take each gradient from its weight as soon as backward has it whole."""
+        self.detach()
+        for name, weight in self.weights.items():
+            hook = _Collector(self, name)
+            self._handles.append(weight.register_post_accumulate_grad_hook(hook))
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def collect(self) -> None:
+        """Take gradients that someone put on a weight by hand."""
+        for name, weight in self.weights.items():
+            self.take(name, weight)
+
+    def take(self, name: str, weight: Tensor) -> None:
+        """Add `weight.grad` to what is there and free it."""
+        gradient, weight.grad = weight.grad, None
+        if gradient is None:
+            return
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
+        stand_in = self.stand_ins[name]
+        if name not in self._rooms:
+            self._rooms[name] = self.store.room(f"gradient-{len(self._rooms)}", gradient)
+        room, held = self._rooms[name], stand_in.grad
+        if room is None:
+            total = gradient if held is None else held.add_(gradient)
+        else:
+            total = room
+            self._send(gradient, room, add=held is not None)
+        if held is None:
+            # a Tensor takes a gradient of its own device and dtype only
+            repoint(stand_in, _hollow(total))
+            stand_in.grad = total
+
+    def norm(self, scale: Tensor | None) -> Tensor:
+        """Norm of all gradients in fp32, divided by `scale`: torch's, in the model's order."""
+        self._settle()
+        norms: list[Tensor] = []
+        for stand_in in self.stand_ins.values():
+            if stand_in.grad is not None:
+                wide = _widened(stand_in.grad)
+                if scale is not None:
+                    wide = wide * scale.double().reciprocal().to(wide)
+                norms.append(get_total_norm([wide]))
+        first = norms[0].device if norms else None
+        return get_total_norm([torch.stack([x.to(first) for x in norms])] if norms else [])
+
+    def rows(self, piece: Slice, device: torch.device) -> Tensor | None:
+        """The gradient of a slice on `device`; a view where it lies there already."""
+        gradient = self.stand_ins[piece.name].grad
+        if gradient is None:
+            return None
+        rows = gradient[piece.start : piece.stop] if gradient.dim() else gradient
+        return rows.to(device, non_blocking=True)
+
+    def drop(self, passed: Chunk | None = None) -> None:
+        """Forget the gradients of tensors that end in the chunk `passed`, or of all."""
+        ended = {p.name for p in passed if p.stop == self._rows(p.name)} if passed else None
+        for name in self.weights if ended is None else ended:
+            self.stand_ins[name].grad = None
+
+    def _rows(self, name: str) -> int:
+        weight = self.weights[name]
+        return weight.shape[0] if weight.dim() else 1
+
+    def _send(self, gradient: Tensor, room: Tensor, add: bool) -> None:
+        if not gradient.is_cuda:
+            room.add_(gradient) if add else room.copy_(gradient)
+            return
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        current = torch.cuda.current_stream()
+        if add:  # on the device: the sum rounds as autograd's own would
+            current.wait_stream(self._stream)
+            gradient.add_(room.to(gradient.device, non_blocking=True))
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            room.copy_(gradient, non_blocking=True)
+            sent = self._stream.record_event()
+        gradient.record_stream(self._stream)
+        # backward is faster than the bus: without waiting, gradients would pile up on the device
+        self._settle()
+        self._sent = sent
+
+    def _settle(self) -> None:
+        if self._sent is not None:
+            self._sent.synchronize()
+
+
+class _Collector(Hook):
+    def __init__(self, gradients: Gradients, name: str):
+        self.gradients, self.name = gradients, name
+
+    def __call__(self, weight: Tensor) -> None:
+        self.gradients.take(self.name, weight)
+
+
+def refuse_schedule(**settings: tuple[Any, Any]) -> None:
+    """Raise InputError for schedule settings (value, default) that someone has set."""
+    for name, (value, default) in settings.items():
+        if value != default:
+            raise InputError(
+                f"{name}={value!r} has no meaning with exact=True, where every chunk takes part in "
+                f"every step; leave it out"
+            )
+
+
+def _hollow(like: Tensor) -> Tensor:
+    """A tensor of the shape, dtype and device of `like` with the memory of one element."""
+    return torch.empty((), dtype=like.dtype, device=like.device).expand(like.shape)
+
+
+def _widened(gradient: Tensor) -> Tensor:
+    return gradient.float() if precision.is_16bit(gradient.dtype) else gradient
