@@ -39,18 +39,18 @@ class _Answers(TorchDispatchMode):
             rows = args[0].numel() if torch.is_grad_enabled() else 0
             return args[0].new_empty((rows, args[0].dim()), dtype=torch.long)
         if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
-            args = (args[0], [_positions(i) for i in args[1]], *args[2:])
+            args = (args[0], [p for i in args[1] for p in _positions(i)], *args[2:])
         result = func(*args, **(kwargs or {}))
         if func is aten.any.default:
             result.answer = False  # `while any of them is out of range: draw anew` must end
         return result
 
 
-def _positions(index: Tensor | None) -> Tensor | None:
-    """A mask of one dimension as the positions of all that it covers."""
+def _positions(index: Tensor | None) -> list[Tensor | None]:
+    """A mask as the positions, one tensor a dimension, of all that it covers."""
     if index is None or index.dtype != torch.bool:
-        return index
-    return torch.empty(index.numel(), dtype=torch.long, device=index.device)
+        return [index]
+    return [index.new_empty(index.numel(), dtype=torch.long) for _ in range(index.dim())]
 
 
 @contextmanager
@@ -75,6 +75,10 @@ class DryRun:
     """Bytes that the state of all chunks takes between visits."""
     largest: int
     """Elements of the largest chunk."""
+    elements: int
+    """Of all chunks."""
+    offloaded: int = 0
+    """Bytes of saved tensors that wait on the host during backward."""
 
     @property
     def highest(self) -> dict[str, int]:
@@ -92,13 +96,18 @@ def dry_run(
     backward: Callable[[], Any],
     chunks: Iterable[int] = (0,),
     vocabulary: int | None = None,
+    offload: bool = False,
 ) -> DryRun:
     """Take steps on `chunks` as they are in a later cycle; to be called within `fake()`.
 
     Args:
         backward: the forward and backward passes of one optimizer step.
         vocabulary: width of the logits.
+        offload: what backward needs waits on the host.
     """
+    away = _Away(model)
+    if offload:
+        stay, backward = backward, lambda: away.around(stay)
     chunks = [0] if optimizer.exact else list(chunks)
     found: list[Measured] = []
     flops: list[int] = []
@@ -122,7 +131,33 @@ def dry_run(
         entries = [entry for saved in optimizer.state_dict()["state"].values() for entry in saved]
         resting = nbytes(value for entry in entries for value in entry["values"].values())
         resting *= sum(sizes) / sum(sizes[k] for k in set(chunks))
-    return DryRun(found, flops, resting, max(sizes))
+    return DryRun(found, flops, resting, max(sizes), sum(sizes), away.most)
+
+
+class _Away:
+    """Saved tensors that leave the device between forward and backward, their bytes counted."""
+
+    def __init__(self, model: nn.Module):
+        self.weights = {id(p.untyped_storage()) for p in model.parameters()}
+        self.now = self.most = 0
+
+    def around(self, backward: Callable[[], Any]) -> Any:
+        self.now = 0
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+            return backward()
+
+    def _pack(self, tensor: Tensor) -> Any:
+        if id(tensor.untyped_storage()) in self.weights:
+            return tensor
+        self.now += tensor.numel() * tensor.element_size()
+        self.most = max(self.most, self.now)
+        return tensor.shape, tensor.stride(), tensor.dtype
+
+    def _unpack(self, kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        shape, strides, dtype = kept
+        return torch.empty_strided(shape, strides, dtype=dtype)
 
 
 def _visit(optimizer: ChunkedOptimizer, chunk: int) -> None:
