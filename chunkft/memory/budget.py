@@ -51,12 +51,21 @@ HOST_BANDWIDTH = 60e9  # bytes a second, where states and weights rest
 
 
 def device_of(name: str) -> Device:
-    """A device of the table by its name or the beginning of it.
+    """The device of the table whose name contains `name`; `1x` before it is heard.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or several are asked for.
     """
-    found = [key for key in DEVICES if key.startswith(name.lower()) or name.lower() in key]
+    count, _, rest = name.lower().rpartition("x") if re.match(r"\d+x", name) else ("1", "", name)
+    found = [key for key in DEVICES if rest.lower() in key]
     if len(found) != 1:
-        raise InputError(f"device {name!r} is not one of {', '.join(DEVICES)}; give --memory")
+        raise InputError(f"device {name!r} is not one of {', '.join(DEVICES)}")
+    if count != "1":
+        raise InputError(f"{name}: runs on several devices are not planned yet; plan for one")
     return DEVICES[found[0]]
+
+
+def smallest_of(memory: int) -> Device:
+    """The least card of the table with `memory` bytes or more, or else the largest."""
+    cards = sorted((d for d in DEVICES.values() if d.bus), key=lambda d: d.memory)
+    return next((card for card in cards if card.memory >= memory), cards[-1])
