@@ -13,6 +13,7 @@ import statistics
 import time
 from pathlib import Path
 
+from benchmarks.meter import Meter
 from benchmarks.methods import Method, build, provenance, random_batches
 
 TOKENS, CHUNKS, INTERVAL = 512, 16, 1
@@ -67,8 +68,9 @@ def main() -> None:
     options = parser.parse_args()
     methods = {case: build(name, 1e-5, **settings) for case, (name, settings) in CASES.items()}
     warm_up = next(random_batches(TOKENS, methods[DENSE].model.config.vocab_size, seed=1))
-    for method in methods.values():
-        method.step(warm_up)
+    meters = {case: Meter(method) for case, method in methods.items()}
+    for meter in meters.values():
+        meter.step(warm_up)
     runs = []
     for i in range(options.runs):
         runs.append(cycle(methods))
@@ -78,7 +80,7 @@ def main() -> None:
         f"`python -m benchmarks.speed --runs {options.runs}` {provenance()}. Median over "
         f"{options.runs} cycles (smallest to largest); T={INTERVAL}; the methods take turns.\n"
         "Working bytes: gradient + optimizer state + fp32 master, resting state apart.\n\n"
-        + table(runs, {case: method.working_bytes() for case, method in methods.items()})
+        + table(runs, {case: meter.held for case, meter in meters.items()})
     )
     print(text)
     if options.output:
