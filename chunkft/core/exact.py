@@ -113,6 +113,11 @@ class Gradients:
         first = norms[0].device if norms else None
         return get_total_norm([torch.stack([x.to(first) for x in norms])] if norms else [])
 
+    def on_device(self) -> list[Tensor]:
+        """Those that lie beside their weights, for want of another place."""
+        carried = ((name, x.grad) for name, x in self.stand_ins.items() if x.grad is not None)
+        return [gradient for name, gradient in carried if self._rooms[name] is None]
+
     def rows(self, piece: Slice, device: torch.device) -> Tensor | None:
         """The gradient of a slice on `device`; a view where it lies there already."""
         gradient = self.stand_ins[piece.name].grad

@@ -172,6 +172,18 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         """Bytes by kind: the largest working set so far (gradient, master, state), and resting."""
         return {**self._rule.bytes, "resting": self.store.nbytes}
 
+    @property
+    def rule(self) -> torch.optim.Optimizer:
+        """The torch optimizer that steps on the active leaves or their masters."""
+        return self._rule.inner
+
+    def holdings(self) -> dict[str, list[Tensor]]:
+        """Tensors by kind as they are now: gradient, master, state, resting."""
+        held = self._rule.holdings()
+        if self._gradients is not None:
+            held["gradient"] += self._gradients.on_device()
+        return {**held, "resting": self.store.tensors()}
+
     def audit(self) -> coverage.Audit:
         """Check that every element got the steps it was due.
 

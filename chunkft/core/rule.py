@@ -19,7 +19,7 @@ from torch import Tensor
 from chunkft.core import groups as groups_
 from chunkft.core import precision
 from chunkft.core.partition import Slice
-from chunkft.core.store import State, Store, nbytes
+from chunkft.core.store import State, Store, nbytes, plain
 from chunkft.core.working_set import Leaf
 
 Values = dict[str, Any]
@@ -145,6 +145,18 @@ class Rule:
             (piece, name): value
             for piece, leaf in self.leaves.items()
             for name, value in self._kept_of(leaf).items()
+        }
+
+    def holdings(self) -> dict[str, list[Tensor]]:
+        """Tensors by kind: gradient, master, state."""
+        parameters = [self.parameter(leaf) for leaf in self.leaves.values()]
+        carriers = [*parameters, *(leaf.tensor for leaf in self.leaves.values())]
+        state = [x for values in self.inner.state.values() for x in values.values()]
+        asleep = [x for halves in self._asleep.values() for x in halves.values()]
+        return {
+            "gradient": [p.grad for p in carriers if p.grad is not None],
+            "master": [*self._masters.values(), *asleep],
+            "state": [t for value in state for t in plain(value)],
         }
 
     def measure(self, parameters: Sequence[Tensor]) -> None:

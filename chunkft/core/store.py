@@ -51,6 +51,7 @@ class Store:
         self.codec = codec
         self._slabs: dict[str, Slab] = {}
         self._kept: dict[str, State] = {}
+        self._rooms: dict[str, Tensor] = {}
         self._stream: torch.cuda.Stream | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if self.kind == "disk":
@@ -97,12 +98,18 @@ class Store:
         if self.kind == "device" or (self.kind == "host" and not like.is_cuda):
             return None
         raw = Slab(_aligned(like), self._path(key), None).bytes
-        return _shaped(raw[: like.numel() * like.element_size()], like)
+        self._rooms[key] = _shaped(raw[: like.numel() * like.element_size()], like)
+        return self._rooms[key]
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the states kept, and rooms given out."""
+        kept = [t for state in self._kept.values() for v in state.values() for t in plain(v)]
+        return [*kept, *self._rooms.values()]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the states kept."""
-        return nbytes(value for state in self._kept.values() for value in state.values())
+        """Bytes of the states kept and of the rooms given out."""
+        return nbytes(self.tensors())
 
     def clear(self) -> None:
         for slab in self._slabs.values():
@@ -111,7 +118,7 @@ class Store:
         self._kept.clear()
 
     def _slab_for(self, key: str, state: State) -> "Slab | None":
-        tensors = [t for value in state.values() for t in _plain(value)]
+        tensors = [t for value in state.values() for t in plain(value)]
         cuda = any(t.is_cuda for t in tensors)
         if self.kind == "device" or (self.kind == "host" and not cuda):
             self._slabs.pop(key, None)
@@ -250,7 +257,8 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return type(value).__tensor_unflatten__(inner, context, value.shape, value.stride())
 
 
-def _plain(value: Any) -> list[Tensor]:
+def plain(value: Any) -> list[Tensor]:
+    """The plain tensors of `value`, those inside subclasses too; scalars are not counted."""
     found: list[Tensor] = []
     mapped(value, lambda t: (found.append(t), t)[1])
     return found
@@ -258,5 +266,5 @@ def _plain(value: Any) -> list[Tensor]:
 
 def nbytes(values: Iterable[Any]) -> int:
     """Bytes of the tensors among `values`."""
-    tensors = [t for value in values for t in _plain(value)]
+    tensors = [t for value in values for t in plain(value)]
     return sum(t.numel() * t.element_size() for t in tensors)

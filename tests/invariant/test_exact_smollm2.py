@@ -32,7 +32,7 @@ def test_twenty_steps_of_smollm2(store, tmp_path):
         exact.step()
         dense.step()
         assert exact.grad_norm == float(dense.norm), f"step {step}"
-        clipped += exact.grad_norm > 1.0
+        clipped += float(dense.norm) > 1.0
     assert clipped == 20
     assert equal(*models)
     assert set(exact.audit().updates.values()) == {20}

@@ -1,0 +1,1 @@
+"""What a run holds in memory: measured, and predicted."""
