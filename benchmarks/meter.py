@@ -5,7 +5,8 @@ optimizer's own groups, states and `.grad`; every other tensor that was made in 
 still alive is `temporary`: casts, projected gradients, what a fused update in a backward hook
 needs. A dispatch mode sees each tensor as it is made and a weak reference sees it go, so LOMO's one
 gradient at a time, BAdam's switch of blocks and GaLore's projection count as they are, without a
-formula. Activations are left out: they are the same model's for every method.
+formula. Activations are left out: they are the same model's for every method. (The library's meter,
+chunkft/memory/meter.py, looks where `optimizer.step` begins and ends, which LOMO never calls.)
 
 Not seen: what one operation needs within itself (foreach kernels, a decomposition).
 """

@@ -97,8 +97,8 @@ def chunk(model: Any, lr: float, seed: int = 0, **settings: Any) -> Method:
         return [p.grad for group in optimizer.param_groups for p in group["params"]]
 
     def held() -> Held:
-        # no public name shows the masters and their state themselves: they are the rule's
-        found = held_by(model, optimizer._rule.inner)
+        # not optimizer.holdings(), which walks through all that rests at every look
+        found = held_by(model, optimizer.rule)
         if optimizer.exact:  # whole gradients wait beside the state, their slices are views
             return {"resting": [*shelf.latest(), *outer()], **found}
         return {**found, "gradient": [*found["gradient"], *outer()], "resting": shelf.latest()}
