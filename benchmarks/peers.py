@@ -345,7 +345,8 @@ def main() -> None:
     print(text)
     if options.output:
         options.output.write_text(head(options) + text + "\n")
-        plot(rows, options.output.with_suffix(".png"))
+        if "bytes" in rows["dense"]:
+            plot(rows, options.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
