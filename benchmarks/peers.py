@@ -20,12 +20,17 @@ time     Dense AdamW and the method take turns, one step each, in the same proce
 seconds  Held-out loss after as many steps as fit, by that ratio, into the seconds of dense AdamW's.
          Steps are counted, no clock is read: noise touches only the ratio.
 
-On two shared cores a ratio is good to some 5 %; nothing else may run meanwhile, and the goals
-below the table are judged by medians. All numbers but losses are ratios within this run.
+The noise of a run is the spread of dense AdamW's own row; nothing else may run meanwhile. The goals
+below the table are judged by medians, so read them with that spread. All numbers but losses are
+ratios within this run.
+
+Not equal for all: dense AdamW, LoRA and the rule of chunks start from rates that were tuned on
+these tasks before (benchmarks/quality.py), the others from a package's default or from dense
+AdamW's; LOMO's start was moved after a trial of 12 steps (1e-2 diverged). The ladder is to make up
+for it: a rate at its end is a reason to look again.
 
 Each finished part is a line of `peers.jsonl` and is not done again (`--fresh` forgets the lines of
-the methods named). A method that fails is a row with its error. About four hours for all of them
-with three seeds.
+the methods named). A method that fails is a row with its error. Hours for all of them.
 """
 
 import argparse
