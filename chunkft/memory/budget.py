@@ -1,7 +1,10 @@
 """Devices, and amounts of memory as people write them. GB is 10^9 bytes, GiB is 2^30."""
 
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from chunkft.core.store import GIB
 from chunkft.errors import InputError
@@ -63,6 +66,20 @@ def device_of(name: str) -> Device:
     if count != "1":
         raise InputError(f"{name}: runs on several devices are not planned yet; plan for one")
     return DEVICES[found[0]]
+
+
+def this_computer() -> Device:
+    """The accelerator that runs go to, or the CPU and its memory."""
+    if not torch.cuda.is_available():
+        return replace(DEVICES["laptop-16gib"], memory=_installed(), reserved=0)
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return replace(smallest_of(memory), memory=memory)
+
+
+def _installed() -> int:
+    if not hasattr(os, "sysconf"):  # Windows
+        return DEVICES["laptop-16gib"].memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def smallest_of(memory: int) -> Device:

@@ -65,6 +65,11 @@ class ChunkArguments:
         choices=["persist", "reset", "decay"],
     )
     store: str = setting("host", "Where resting state lives: host, device, or a directory on disk.")
+    memory: str | None = setting(
+        None,
+        "Memory for tensors on the device, such as 12GiB: whatever of chunks and checkpointing is "
+        "not given is chosen to fit, and an over-run is told. On a CPU it bounds the process.",
+    )
     score_samples: int = setting(
         50, "Held-out items to solve before and after, when the data is a reasoning-gym task."
     )
