@@ -100,7 +100,6 @@ class WorkingSet:
         refuse_attached(model)
         self.model = model
         self.parameters = trainable(model)
-        self.residence = residence_of(model)
         self.leaves: dict[Slice, Leaf] = {}
         self._handles: list[RemovableHandle] = []
         self._forwards: list[SlicedForward] = []
@@ -123,7 +122,8 @@ class WorkingSet:
     def _leaf(self, piece: Slice) -> Leaf:
         weight = self.parameters[piece.name]
         leaf = Leaf(piece, torch.empty(0), piece.rows == (weight.shape[0] if weight.dim() else 1))
-        home = self.residence.home(weight) if self.residence else None
+        residence = residence_of(self.model)
+        home = residence.home(weight) if residence else None
         if home is not None:
             leaf.rest, leaf.version = leaf.view(home), weight._version
             leaf.tensor = leaf.rest.to(self.device_of(piece.name), copy=True).requires_grad_()
@@ -134,9 +134,9 @@ class WorkingSet:
 
     def device_of(self, name: str) -> torch.device:
         """Where a parameter works."""
-        weight = self.parameters[name]
-        away = self.residence is not None and self.residence.home(weight) is not None
-        return self.residence.device if self.residence and away else weight.device
+        weight, residence = self.parameters[name], residence_of(self.model)
+        away = residence is not None and residence.home(weight) is not None
+        return residence.device if residence and away else weight.device
 
     def attach(self, chunk: Chunk) -> None:
         """Make exactly the slices of `chunk` trainable."""
@@ -194,8 +194,8 @@ class WorkingSet:
         """
         self._check_parameters()
         moved: list[Leaf] = []
-        if self.residence is not None:
-            self.residence.settle()
+        if (residence := residence_of(self.model)) is not None:
+            residence.settle()
         for leaf in self.leaves.values():
             if leaf.rest is not None:
                 leaf.reread(self.parameters[leaf.piece.name])
