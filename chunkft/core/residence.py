@@ -9,11 +9,11 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-PLACE = "_chunkft_residence"
+RESIDENCE = "_chunkft_residence"
 
 
 class Residence(Protocol):
-    """Rides on a model in `__dict__[PLACE]`; `memory/streaming.py` makes one."""
+    """Rides on a model in `__dict__[RESIDENCE]`; `memory/streaming.py` makes one."""
 
     device: torch.device
     """Where the weights are when they work."""
@@ -32,4 +32,4 @@ class Residence(Protocol):
 
 
 def residence_of(model: nn.Module) -> Residence | None:
-    return cast("Residence | None", model.__dict__.get(PLACE))
+    return cast("Residence | None", model.__dict__.get(RESIDENCE))

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
-from chunkft.core.residence import PLACE, residence_of
+from chunkft.core.residence import RESIDENCE, residence_of
 from chunkft.core.working_set import refuse_attached, refuse_parallel
 from chunkft.errors import InputError, UnsupportedError
 from chunkft.memory.arena import Arena, Slot
@@ -103,7 +103,7 @@ class WeightStream:
                 else:
                     del module.__dict__[name]
         self._handles, self._overrides = [], []
-        del self.model.__dict__[PLACE]
+        del self.model.__dict__[RESIDENCE]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nobody, ()  # a copy or pickle of the model has all its weights
@@ -181,7 +181,7 @@ class WeightStream:
             if layer:
                 self._override(unit.module, "forward", _Visit(self, unit))
         self._override(self.model, "_apply", _Apply(self))
-        self.model.__dict__[PLACE] = self
+        self.model.__dict__[RESIDENCE] = self
 
     def _override(self, module: nn.Module, name: str, override: "_Override") -> None:
         override.take_over(module, name)

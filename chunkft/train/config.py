@@ -65,6 +65,11 @@ class ChunkArguments:
         choices=["persist", "reset", "decay"],
     )
     store: str = setting("host", "Where resting state lives: host, device, or a directory on disk.")
+    stream_weights: bool = setting(
+        False,
+        "Weights rest on the host, or in files where --store is a directory, and visit the device "
+        "layer by layer: two layers and the head are there at once.",
+    )
     score_samples: int = setting(
         50, "Held-out items to solve before and after, when the data is a reasoning-gym task."
     )
