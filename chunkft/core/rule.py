@@ -133,6 +133,8 @@ class Rule:
     def forget(self) -> None:
         for held in (self.inner.state, self._masters, self._asleep):
             held.clear()
+        for group in self.inner.param_groups:  # or the masters would live on in there
+            group["params"] = []
 
     # -- what it holds --------------------------------------------------------------------------
 

@@ -1,0 +1,62 @@
+"""Devices, and amounts of memory as people write them. GB is 10^9 bytes, GiB is 2^30."""
+
+import re
+from dataclasses import dataclass
+
+from chunkft.core.store import GIB
+from chunkft.errors import InputError
+
+UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+UNITS |= {"kib": 2**10, "mib": 2**20, "gib": GIB, "tib": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of an amount with its unit, such as 24GiB or 80GB.
+
+    Raises:
+        InputError: no unit, or one that nobody knows.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]+)\s*", text)
+    if found is None or found[2].lower() not in UNITS:
+        raise InputError(f"{text!r} is no amount of memory; write a number and GiB or GB: 24GiB")
+    return round(float(found[1]) * UNITS[found[2].lower()])
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the bounds on a step's time are computed from; figures of the makers' data sheets."""
+
+    memory: int
+    """Bytes in all."""
+    flops: float
+    """Of dense 16-bit products, a second."""
+    bandwidth: float
+    """Of its memory, bytes a second."""
+    bus: float
+    """To the host, each way, bytes a second; 0: it is the host."""
+    reserved: int = 0
+    """Bytes that the context and the allocator's gaps take beside tensors (an estimate)."""
+
+
+CONTEXT = GIB * 3 // 4
+DEVICES = {
+    "rtx-4090-24gib": Device(24564 * 2**20, 165e12, 1.008e12, 25e9, CONTEXT),
+    "a100-80gib": Device(81920 * 2**20, 312e12, 2.039e12, 25e9, CONTEXT),
+    "h100-80gb": Device(81559 * 2**20, 989e12, 3.35e12, 50e9, CONTEXT),
+    "h200-141gb": Device(143771 * 2**20, 989e12, 4.8e12, 50e9, CONTEXT),
+    # room for the system and its other programs
+    "laptop-16gib": Device(16 * GIB, 1e12, 60e9, 0, 4 * GIB),
+}
+HOST_BANDWIDTH = 60e9  # bytes a second, where states and weights rest
+
+
+def device_of(name: str) -> Device:
+    """A device of the table by its name or the beginning of it.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = [key for key in DEVICES if key.startswith(name.lower()) or name.lower() in key]
+    if len(found) != 1:
+        raise InputError(f"device {name!r} is not one of {', '.join(DEVICES)}; give --memory")
+    return DEVICES[found[0]]
