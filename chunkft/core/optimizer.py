@@ -257,6 +257,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             self._note(stepped)
             self._rule.retire(k)
             gradients.drop(chunk)
+            del stepped, parameters  # or masters live on beside the next chunk's
         if not self._steps:
             self._warn_unused(self._book)
         self._steps += 1

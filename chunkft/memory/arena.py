@@ -7,6 +7,7 @@ buffer. On a CPU the arena is memory like any other, and what it holds is counte
 Device bytes: 2 * the largest unit.
 """
 
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -62,12 +63,15 @@ class Arena:
         self._clerk = ThreadPoolExecutor(1, "chunkft-arena")
         self._clock = 0
         self._lane: torch.cuda.Stream | None = None
-        self._locked: list[Tensor] = []
+        locked: list[Tensor] = []
+        self._unlock = weakref.finalize(self, _page_unlock, locked)
         if device.type == "cuda":
             self._lane = torch.cuda.Stream(device)
+            # kernels of the slots' memory's last owner may be under way
+            self._lane.wait_stream(torch.cuda.current_stream(device))
             if not on_disk:
-                self._locked = [unit.bytes for unit in units if _page_lock(unit.bytes)]
-            if len(self._locked) < len(units):
+                locked += [unit.bytes for unit in units if _page_lock(unit.bytes)]
+            if len(locked) < len(units):
                 for slot in self.slots:
                     slot.lock = torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
@@ -115,9 +119,7 @@ class Arena:
         self._clerk.shutdown()
         if self._lane is not None:
             self._lane.synchronize()
-        for raw in self._locked:
-            _runtime().cudaHostUnregister(raw.data_ptr())
-        self._locked = []
+        self._unlock()
 
     def _find(self, unit: Unit) -> Slot | None:
         return next((slot for slot in self.slots if slot.unit is unit), None)
@@ -150,6 +152,11 @@ class Arena:
 def _page_lock(raw: Tensor) -> bool:
     """Lock memory of ours for copies that do not block: torch's own rounds up to powers of two."""
     return int(_runtime().cudaHostRegister(raw.data_ptr(), raw.numel(), 0)) == 0
+
+
+def _page_unlock(locked: list[Tensor]) -> None:
+    for raw in locked:
+        _runtime().cudaHostUnregister(raw.data_ptr())
 
 
 def _runtime() -> Any:

@@ -21,6 +21,7 @@ write them. Whoever finds them all at home takes nothing that a slot still holds
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_iter
 from torch.utils.hooks import RemovableHandle
 
 from chunkft.core.residence import RESIDENCE, residence_of
@@ -154,6 +157,8 @@ class WeightStream:
 
     def tenant(self, tensor: Tensor) -> tuple[Unit, int] | None:
         """Unit and byte offset of a tensor that lies in a slot."""
+        if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
+            return None  # without a storage of its own, so in no slot
         base = tensor.untyped_storage().data_ptr()
         for slot in self.arena.slots:
             if slot.bytes.data_ptr() == base:
@@ -268,13 +273,19 @@ class _Visit(_Override):
             return self.stock(*args, **kwargs)
         self.stream.visit(self.unit)
         self.unit.running += 1
+        keeping = torch.is_grad_enabled()
         try:
-            if not torch.is_grad_enabled():
-                return self.stock(*args, **kwargs)
-            with saved_tensors_hooks(*_keepers(self.stream)):
-                return self.stock(*args, **kwargs)
+            with saved_tensors_hooks(*_keepers(self.stream)) if keeping else nullcontext():
+                result = self.stock(*args, **kwargs)
         finally:
             self.unit.running -= 1
+        for value in tree_iter(result):
+            if isinstance(value, Tensor) and self.stream.tenant(value) is not None:
+                raise UnsupportedError(
+                    f"{self.unit.name} returns its own weights (or a view of them), which will be "
+                    f"overwritten; name other modules in stream_weights(units=...)"
+                )
+        return result
 
     def close(self) -> None:
         self.stream = None

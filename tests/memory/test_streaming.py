@@ -255,6 +255,35 @@ def test_without_autograd(mode: Any) -> None:
     assert_same(streamed, resident)
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_autocast_over_wider_weights(checkpointing: bool) -> None:
+    found: list[Any] = []
+    for streamed in (False, True):
+        model, batch = family("llama", torch.float32, checkpointing)
+        if streamed:
+            stream_weights(model)
+        optimizer = adamw(model, **METHODS["spread"])
+        for _ in range(STEPS):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(model, batch)
+            loss.backward()
+            optimizer.step()
+        found.append(weights(model))
+    assert all(torch.equal(x, found[1][name]) for name, x in found[0].items())
+
+
+@pytest.mark.parametrize("style", ["none", "layer", "pair"])
+def test_compiled_afterwards(style: str) -> None:
+    torch._dynamo.reset()
+    resident, streamed = stacks(style)
+    stream = stream_weights(streamed)
+    compiled = torch.compile(streamed, backend="aot_eager")
+    expected = gradients(resident, resident(X).square().sum())
+    for _ in range(2):
+        found = gradients(streamed, compiled(X).square().sum())
+        assert all(map(torch.equal, found, expected)) and at_home(stream)
+
+
 def test_max_norm_writes_in_forward() -> None:
     class Lookup(nn.Module):
         def __init__(self) -> None:

@@ -27,6 +27,7 @@ from chunkft.memory.units import Unit
 from tests.conftest import NAMES, loss_of, weights
 from tests.memory.test_streaming import (
     METHODS,
+    Block,
     Stack,
     X,
     adamw,
@@ -421,6 +422,22 @@ def test_a_layer_that_works_outside_its_forward() -> None:
     plain = gradients(odd, odd(X).sum())
     stream_weights(odd, units=[m for block in odd.blocks for m in (block.up, block.down)])
     assert all(map(torch.equal, gradients(odd, odd(X).sum()), plain))
+
+
+def test_a_layer_that_returns_its_weights() -> None:
+    class Latents(Block):
+        def __init__(self) -> None:
+            super().__init__(16)
+            self.latents = nn.Parameter(torch.ones(1, 16))
+
+        def forward(self, x: Tensor) -> Any:
+            return {"latents": self.latents.expand(5, 16), "x": super().forward(x)}
+
+    stack = Stack()
+    stack.blocks[5] = Latents()
+    stream_weights(stack)
+    with pytest.raises(UnsupportedError, match=r"blocks\.5 returns its own weights"):
+        stack(X)
 
 
 def test_private_names_of_torch_that_we_rely_on() -> None:
