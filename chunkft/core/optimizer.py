@@ -257,6 +257,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             self._note(stepped)
             self._rule.retire(k)
             gradients.drop(chunk)
+            del stepped, parameters  # or masters live on beside the next chunk's
         if not self._steps:
             self._warn_unused(self._book)
         self._steps += 1
@@ -473,7 +474,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
             groups_.copy_settings(loaded, group)
         for k, state in states.items():
-            self.store.put(str(k), resume.to_device(state, self._weights))
+            self.store.put(str(k), resume.to_device(state, self._working_set.device_of))
         # a visit begins here unless the saved run was in the middle of one
         visit_begins = (self._steps - start) % self.schedule.interval == 0
         self._attach(self.active, new_visit=visit_begins and start != saved.schedule.start)

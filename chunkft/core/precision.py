@@ -84,7 +84,7 @@ def overwritten(weight: Tensor, master: Tensor, known: bool) -> bool:
     """
     every = min(61, max(1, weight.numel() // SAMPLE)) if known else 1
     mine, theirs = master.reshape(-1)[::every], weight.detach().reshape(-1)[::every]
-    return not torch.equal(mine.to(theirs.dtype), theirs)
+    return not torch.equal(mine.to(theirs), theirs)
 
 
 def fingerprint(weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ whose tensors have the slice's shape; anything else raises, naming the key. Rows
 with different step counts stay several slices of one chunk, each with a count of its own.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -221,8 +221,8 @@ def _merge(a: _Part, b: _Part, weights: Weights) -> _Part | None:
     return _Part(Slice(a.piece.name, a.piece.start, b.piece.stop), record, values)
 
 
-def to_device(state: State, weights: Weights) -> State:
-    """A copy of `state` with its tensors beside their weights; scalars stay where they are."""
+def to_device(state: State, device_of: Callable[[str], torch.device]) -> State:
+    """A copy of `state` with its tensors where their weights work; scalars stay where they are."""
 
     def copied(value: Any, device: torch.device) -> Any:
         if isinstance(value, Tensor) and value.dim() == 0:
@@ -231,8 +231,7 @@ def to_device(state: State, weights: Weights) -> State:
         return mapped(value, lambda t: t.to(device, copy=True))
 
     return {
-        (piece, key): copied(value, weights[piece.name].device)
-        for (piece, key), value in state.items()
+        (piece, key): copied(value, device_of(piece.name)) for (piece, key), value in state.items()
     }
 
 

@@ -120,6 +120,7 @@ class Rule:
             if parameter is not leaf.tensor:
                 leaf.tensor.copy_(parameter)
                 parameter.grad = None
+            leaf.written()
         self.note_versions()
 
     def retire(self, key: int) -> None:
@@ -157,15 +158,19 @@ class Rule:
         asleep = [x for halves in self._asleep.values() for x in halves.values()]
         return {
             "gradient": [p.grad for p in carriers if p.grad is not None],
-            "master": [*self._masters.values(), *asleep],
+            "master": [*self._masters.values(), *asleep, *self._copies()],
             "state": [t for value in state for t in plain(value)],
         }
+
+    def _copies(self) -> list[Tensor]:
+        """Leaves of streamed weights, which share no storage with them."""
+        return [leaf.tensor for leaf in self.leaves.values() if leaf.rest is not None]
 
     def measure(self, parameters: Sequence[Tensor]) -> None:
         """Remember the largest working set, when a step has it whole."""
         now = {
             "gradient": nbytes(p.grad for p in parameters),
-            "master": nbytes(self._masters.values()),
+            "master": nbytes([*self._masters.values(), *self._copies()]),
             "state": nbytes(x for p in parameters for x in self.inner.state.get(p, {}).values()),
         }
         if sum(now.values()) > sum(self.bytes.values()):

@@ -10,6 +10,9 @@ slice's shape, any torch optimizer drives it, and an in-place update lands in W.
    Cost: one tensor's dense gradient, for a moment.
 2. The sliced rule of `sliced_ops` on plain layers: no dense gradient at all.
 
+A weight that rests away from its device (`residence`) has a leaf of its own there, which is copied
+back after each write.
+
 All other trainable weights are frozen meanwhile, so autograd keeps nothing for them and stops below
 the lowest active layer by itself. Nothing is hung on foreign tensors but torch's own hook, whose
 handle is kept, and no class is patched: `detach()` leaves a stock model.
@@ -26,6 +29,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from chunkft.core.partition import Chunk, Slice
+from chunkft.core.precision import overwritten
+from chunkft.core.residence import residence_of
 from chunkft.core.sliced_ops import SlicedForward, repoint, rule_of
 from chunkft.errors import (
     InputError,
@@ -58,11 +63,27 @@ class Leaf:
     whole: bool
     home: tuple[Any, ...] = ()
     """Address, dtype and device of its storage when last looked at."""
+    rest: Tensor | None = None
+    """Its rows where a streamed weight rests; `tensor` is a copy of them then."""
+    version: int = 0
+    """Of the streamed weight when last looked at."""
 
     def view(self, weight: Tensor) -> Tensor:
         """The slice's storage in `weight` as it is now."""
         rows = weight.detach()
         return rows if self.whole else rows[self.piece.start : self.piece.stop]
+
+    def written(self) -> None:
+        """Our own write to `tensor` is done: the weight must have it where it rests."""
+        if self.rest is not None:
+            self.rest.copy_(self.tensor)
+
+    def reread(self, weight: Tensor) -> None:
+        """Take over what someone else wrote to the resting weight."""
+        assert self.rest is not None
+        if overwritten(self.rest, self.tensor, known=weight._version == self.version):
+            self.tensor.detach().copy_(self.rest)
+        self.version = weight._version
 
 
 class WorkingSet:
@@ -101,9 +122,21 @@ class WorkingSet:
     def _leaf(self, piece: Slice) -> Leaf:
         weight = self.parameters[piece.name]
         leaf = Leaf(piece, torch.empty(0), piece.rows == (weight.shape[0] if weight.dim() else 1))
-        leaf.tensor = leaf.view(weight).requires_grad_()
+        residence = residence_of(self.model)
+        home = residence.home(weight) if residence else None
+        if home is not None:
+            leaf.rest, leaf.version = leaf.view(home), weight._version
+            leaf.tensor = leaf.rest.to(self.device_of(piece.name), copy=True).requires_grad_()
+        else:
+            leaf.tensor = leaf.view(weight).requires_grad_()
         leaf.home = _home(leaf.tensor)
         return leaf
+
+    def device_of(self, name: str) -> torch.device:
+        """Where a parameter works."""
+        weight, residence = self.parameters[name], residence_of(self.model)
+        away = residence is not None and residence.home(weight) is not None
+        return residence.device if residence and away else weight.device
 
     def attach(self, chunk: Chunk) -> None:
         """Make exactly the slices of `chunk` trainable."""
@@ -152,6 +185,8 @@ class WorkingSet:
     def refresh(self) -> list[Leaf]:
         """Follow `model.to(...)`: point leaves at their weights' present storage.
 
+        Streamed weights are sent home, and read again where someone has written to them.
+
         Returns: the leaves that moved.
 
         Raises:
@@ -159,7 +194,12 @@ class WorkingSet:
         """
         self._check_parameters()
         moved: list[Leaf] = []
+        if (residence := residence_of(self.model)) is not None:
+            residence.settle()
         for leaf in self.leaves.values():
+            if leaf.rest is not None:
+                leaf.reread(self.parameters[leaf.piece.name])
+                continue
             now = leaf.view(self.parameters[leaf.piece.name])
             if leaf.home != (home := _home(now)):
                 leaf.home = home

@@ -6,15 +6,16 @@ which is how `plan` predicts; what a kernel takes for itself and gives back is n
 
 Kinds on the device:
 
-    weights      parameters and buffers
+    weights      parameters and buffers; of streamed ones the slots that they visit
     gradient     of the active slices, in 16 and in 32 bits, and those accumulated by exact mode
-    master       fp32 copies of the active slices, or their low bits before they wake
+    master       fp32 copies of the active slices, or their low bits before they wake; the leaves
+                 of streamed weights, which are copies too
     state        of the rule, for the active chunk
     logits       anything as wide as the vocabulary
     activations  what else forward and backward make
     workspace    what else the optimizer's step makes
 
-`resting` is the state of the other chunks, wherever the store keeps it.
+`resting` is the state of the other chunks, wherever the store keeps it, and streamed weights.
 
 A tensor gets its kind when the optimizer shows it to be a gradient, master or state; one that was
 counted as activation or workspace until then gets it from its beginning.
@@ -31,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from chunkft.core.optimizer import ChunkedOptimizer
+from chunkft.core.residence import residence_of
 from chunkft.core.store import plain
 
 KINDS: tuple[str, ...] = (
@@ -64,7 +66,7 @@ class Measured:
     highest: dict[str, int]
     """The most of each kind, at whatever moment."""
     resting: int
-    """The most that the store kept."""
+    """The most that the store and the homes of streamed weights kept."""
     timeline: list[Reading]
 
 
@@ -108,7 +110,15 @@ class Meter(TorchDispatchMode):
         self._handles: list[Any] = []
 
     def __enter__(self) -> "Meter":
-        for tensor in [*self.model.parameters(), *self.model.buffers()]:
+        stream = residence_of(self.model)
+        if stream is not None:
+            stream.settle()
+            for tensor in stream.tensors():
+                self._see(tensor, "weights")
+        for parameter in self.model.parameters():
+            home = None if stream is None else stream.home(parameter)
+            self._see(parameter, "weights" if home is None else RESTING)
+        for tensor in self.model.buffers():
             self._see(tensor, "weights")
         self._look()
         rule = self.optimizer.rule if isinstance(self.optimizer, ChunkedOptimizer) else None

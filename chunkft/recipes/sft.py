@@ -22,8 +22,10 @@ from trl import (
 )
 
 from chunkft.core.optimizer import ChunkedOptimizer
+from chunkft.core.store import GIB
 from chunkft.data.packing import check_isolation
 from chunkft.errors import InputError, as_input_error
+from chunkft.memory.streaming import WeightStream, stream_weights
 from chunkft.models.load import load_model
 from chunkft.models.losses import install_head
 from chunkft.recipes import judging
@@ -87,6 +89,7 @@ def run(job: Job) -> int:
             cache_dir=Path(job.chunk.cache_dir).expanduser(),
             **_loading(job),
         )
+        stream = _stream(job, model)
         check_raw(data.train, tokenizer, args)
     if args.completion_only_loss and "completion" not in data.train.column_names:
         print("warning: --completion_only_loss without effect: the records have no completion")
@@ -123,7 +126,7 @@ def run(job: Job) -> int:
         before=before,
         after=after,
         audit=audit,
-        bytes_by_kind={"weights": _weight_bytes(model), **sizes},
+        bytes_by_kind={**_weight_bytes(model, stream), **sizes},
         peak_gib=peak_memory_gib(),
         seconds=watching.seconds,
         parameters=sum(optimizer.partition.sizes()),
@@ -156,6 +159,11 @@ def _check(job: Job) -> None:
         raise InputError(
             f"--use_peft with --method {method}: chunks train all weights and need no adapter; "
             f"leave --use_peft out, or use --method full for LoRA"
+        )
+    if job.chunk.stream_weights and job.model.use_peft:
+        raise InputError(
+            "--stream_weights with --use_peft: adapters are put around layers, which would visit "
+            "the device without them; leave one of the two out"
         )
     if not job.model.use_peft and (job.model.load_in_4bit or job.model.load_in_8bit):
         raise InputError(
@@ -298,6 +306,7 @@ def _settings(job: Job, optimizer: ChunkedOptimizer) -> dict[str, Any]:
         "chunks": optimizer.schedule.chunks,
         **rotation,
         "store": job.chunk.store,
+        "stream_weights": job.chunk.stream_weights,
         "optim": str(getattr(args.optim, "value", args.optim)),
         "learning_rate": args.learning_rate,
         "lr_scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
@@ -311,8 +320,23 @@ def _settings(job: Job, optimizer: ChunkedOptimizer) -> dict[str, Any]:
     }
 
 
-def _weight_bytes(model: PreTrainedModel) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+def _stream(job: Job, model: PreTrainedModel) -> WeightStream | None:
+    if not job.chunk.stream_weights:
+        return None
+    rest = "host" if job.chunk.store in ("host", "device") else job.chunk.store
+    stream = stream_weights(model, rest=rest, device=job.training.device)
+    each, sizes = stream.nbytes["slots"] / 2, _weight_bytes(model, stream)
+    told = ", ".join(f"{kind} {size / GIB:.2f} GiB" for kind, size in sizes.items())
+    print(f"{told}; {len(stream.units)} units of {each / GIB:.3f} GiB at most visit 2 slots")
+    return stream
+
+
+def _weight_bytes(model: PreTrainedModel, stream: WeightStream | None) -> dict[str, int]:
+    if stream is None:
+        return {"weights": sum(p.numel() * p.element_size() for p in model.parameters())}
+    sizes = stream.nbytes
+    (rest,) = sizes.keys() - {"slots", "resident"}
+    return {"weights": sizes["slots"] + sizes["resident"], f"weights on {rest}": sizes[rest]}
 
 
 def _how_to_go_on(command: str, out: Path) -> str:

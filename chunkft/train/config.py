@@ -65,6 +65,10 @@ class ChunkArguments:
         choices=["persist", "reset", "decay"],
     )
     store: str = setting("host", "Where resting state lives: host, device, or a directory on disk.")
+    stream_weights: bool = setting(
+        False,
+        "Weights rest on the host, or in files where --store is a directory, and visit the device "
+        "layer by layer: two layers and the head are there at once.",
     memory: str | None = setting(
         None,
         "Memory for tensors on the device, such as 12GiB: whatever of chunks and checkpointing is "

@@ -73,6 +73,31 @@ def test_exact_is_full_to_the_bit(sft):
     assert "| method | exact |" in (exact / "report.md").read_text()
 
 
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_streamed_weights_are_the_same_to_the_bit(sft, tmp_path, checkpointing):
+    """On disk, stopped half-way and resumed without streaming, and with it."""
+    common = ["--chunks", 4, "--learning_rate", 1e-2, "--gradient_checkpointing", checkpointing]
+    assert sft(*common, out="resident")[0] == 0
+    common += ["--save_steps", 3, "--stream-weights", "--store", tmp_path / "rest"]
+    common += ["--interval", 1]
+    code, out, _, folder = sft(*common, out="streamed")
+    assert code == 0 and "units of" in out and "weights on disk" in out
+    assert same(folder, folder.parent / "resident")
+    assert "| weights on disk |" in (folder / "report.md").read_text()
+    (folder / "checkpoint-8" / "chunkft_manifest.json").unlink()
+    for more in (common, [*common, "--stream_weights", "false"]):
+        code, out, _, _ = sft(*more, "--resume_from_checkpoint", out="streamed")
+        assert code == 0 and "checkpoint-6" in out
+        assert ("units of" in out) == (more is common)
+        assert same(folder, folder.parent / "resident")
+        (folder / "checkpoint-8" / "chunkft_manifest.json").unlink()
+
+
+def test_streamed_weights_and_adapters(sft):
+    code, _, err, _ = sft("--stream_weights", "--use_peft", "--method", "full")
+    assert code == 2 and "--use_peft" in err
+
+
 def test_every_element_moves_in_full_and_chunk(sft):
     assert sft("--method", "full", out="full")[0] == 0
     assert sft("--chunks", 4, "--layout", "stream", out="stream")[0] == 0

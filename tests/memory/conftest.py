@@ -1,0 +1,30 @@
+"""One thread, and slots filled with NaN before a unit comes: who reads the last tenant shows it."""
+
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from chunkft.memory.arena import Arena, Slot
+from chunkft.memory.units import Unit
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    fill = Arena._fill
+
+    def poisoned(self: Arena, slot: Slot, unit: Unit) -> None:
+        slot.bytes.fill_(0xFF)
+        fill(self, slot, unit)
+
+    with patch.object(Arena, "_fill", poisoned):
+        yield
