@@ -10,7 +10,7 @@ Device bytes: weights + (gradient + master + state) of one chunk, N/K elements.
 """
 
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import sqrt
@@ -30,7 +30,7 @@ from chunkft.core.partition import Partition, Slice, cut
 from chunkft.core.partition import Tensor as Shape
 from chunkft.core.rule import Rule, Values
 from chunkft.core.schedule import Schedule
-from chunkft.core.store import Store
+from chunkft.core.store import State, Store
 from chunkft.core.working_set import Leaf, WorkingSet, refuse_parallel
 from chunkft.errors import InputError, NonFiniteGradientError, UnsupportedError
 
@@ -400,13 +400,22 @@ class ChunkedOptimizer(torch.optim.Optimizer):
 
         Before the first step it holds no tensor.
         """
-        state: resume.SavedState = {}
+        parts = self._parts(lambda key: self.store.get(key, torch.device("cpu")))
+        return self._header() | {"state": resume.joined(parts)}
+
+    def in_parts(self) -> tuple[dict[str, Any], Iterator[resume.SavedState]]:
+        """`state_dict()` without its "state", and that one chunk after another (`resume.joined`).
+
+        What rests on disk is not brought to memory. Read each part before the next step.
+        """
+        return self._header(), self._parts(self.store.look)
+
+    def _parts(self, read: Callable[[str], State | None]) -> Iterator[resume.SavedState]:
         for k, chunk in enumerate(self.partition):
-            if k == self._active:
-                kept = self._rule.state()
-            else:
-                kept = self.store.get(str(k), torch.device("cpu")) or {}
-            resume.gather(state, chunk, self._book, kept)
+            kept = self._rule.state() if k == self._active else read(str(k))
+            yield resume.part(chunk, self._book, kept or {})
+
+    def _header(self) -> dict[str, Any]:
         return {
             "format": resume.FORMAT,
             "steps": self._steps,
@@ -417,7 +426,6 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             "exact": self.exact,
             "shapes": {name: list(shape) for name, shape in self.partition.shapes.items()},
             "partition": [[list(piece) for piece in chunk] for chunk in self.partition],
-            "state": state,
             "param_groups": [
                 {**{k: v for k, v in group.items() if k != "params"}, "params": names}
                 for group, names in zip(self.param_groups, self._names_by_group(), strict=True)
@@ -460,8 +468,9 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         self.schedule = replace(self.schedule, start=start)
         for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
             groups_.copy_settings(loaded, group)
-        for k, state in states.items():
-            self.store.put(str(k), resume.to_device(state, self._weights))
+        for k, state in states:
+            if state:
+                self.store.put(str(k), resume.to_device(state, self._weights))
         # a visit begins here unless the saved run was in the middle of one
         visit_begins = (self._steps - start) % self.schedule.interval == 0
         self._attach(self.active, new_visit=visit_begins and start != saved.schedule.start)
