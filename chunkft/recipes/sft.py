@@ -37,6 +37,7 @@ from chunkft.train.config import (
     choose_rotation,
     longest_visit,
 )
+from chunkft.train.saving import StreamingTrainer
 from chunkft.train.trainer import (
     CheckpointCallback,
     RunCallback,
@@ -52,7 +53,7 @@ RESUME = "--resume_from_checkpoint"
 SCHEDULE = {"interval", "layout", "order", "moments"}  # settings of --method chunk only
 
 
-class ChunkSFTTrainer(SFTTrainer):
+class ChunkSFTTrainer(StreamingTrainer, SFTTrainer):
     """TRL's trainer; its training logs carry what only the optimizer knows."""
 
     run: RunCallback | None = None
@@ -317,7 +318,7 @@ def _weight_bytes(model: PreTrainedModel) -> int:
 
 def _how_to_go_on(command: str, out: Path) -> str:
     found, _ = checkpoints.last_whole(out)
-    if found is None or not (found / checkpoints.STATE).exists():
+    if found is None or not checkpoints.has_state(found):
         return "it cannot go on: no checkpoint has the optimizer's state (--save_only_model)"
     return f"go on with:\n  {_resume_line(command)}"
 
