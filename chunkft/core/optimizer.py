@@ -404,16 +404,20 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         return self._header() | {"state": resume.joined(parts)}
 
     def in_parts(self) -> tuple[dict[str, Any], Iterator[resume.SavedState]]:
-        """`state_dict()` without its "state", and that one chunk after another (`resume.joined`).
+        """`state_dict()` without its "state", and that in parts (see `resume.joined`).
 
-        What rests on disk is not brought to memory. Read each part before the next step.
+        A part is a resting chunk, or a slice of the active one, whose low bits are made for it.
+        What rests on disk stays there. Read each part before the next step.
         """
         return self._header(), self._parts(self.store.look)
 
     def _parts(self, read: Callable[[str], State | None]) -> Iterator[resume.SavedState]:
         for k, chunk in enumerate(self.partition):
-            kept = self._rule.state() if k == self._active else read(str(k))
-            yield resume.part(chunk, self._book, kept or {})
+            if k != self._active:
+                yield resume.part(chunk, self._book, read(str(k)) or {})
+                continue
+            for piece, kept in zip(self._rule.leaves, self._rule.states(), strict=True):
+                yield resume.part([piece], self._book, kept)
 
     def _header(self) -> dict[str, Any]:
         return {

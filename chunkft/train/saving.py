@@ -6,7 +6,7 @@ cut short, by a kill or a full disk, costs nothing but itself.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -61,9 +61,9 @@ class StreamingTrainer(Trainer):
         if optimizer is None:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        folder = Path(output_dir)
+        folder, scheduler = Path(output_dir), cast("Any", self.lr_scheduler)
         state_files.save(optimizer, folder / state_files.FOLDER)
-        torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+        torch.save(scheduler.state_dict(), folder / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         optimizer = self._chunked_optimizer()
@@ -72,7 +72,8 @@ class StreamingTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)  # optimizer.pt, as it once was
             return
         optimizer.load_state_dict(state_files.load(folder / state_files.FOLDER))
-        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+        scheduler = cast("Any", self.lr_scheduler)
+        scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def _stock_model(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

@@ -57,7 +57,7 @@ def write(
             _write_all(file.fileno(), _header(names, outline))
             for name in names:
                 for piece in _pieces(read(name).detach()):
-                    _write_all(file.fileno(), _bytes(piece))
+                    _write_all(file.fileno(), piece.reshape(-1).view(torch.uint8).numpy().data)
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
@@ -97,11 +97,6 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
         rows = max(1, BUFFER // nbytes(tensor[0]))
         for piece in tensor.split(rows):
             yield from _pieces(piece)
-
-
-def _bytes(tensor: Tensor) -> memoryview | bytes:
-    # an empty view cannot be cast
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
 
 
 def _write_all(descriptor: int, data: memoryview | bytes) -> None:

@@ -1,14 +1,15 @@
 """The optimizer's state as a folder, written and read one chunk at a time.
 
-    header.pt                 steps, schedule, partition, parameter groups
-    chunk-00003.pt            the chunk's slices and values, tensors without their elements
-    chunk-00003.safetensors   those elements, by "<parameter>[<first row>:<end>].<key>.<n>"
+    header.pt                steps, schedule, partition, parameter groups
+    part-00003.pt            slices and their values, tensors without their elements
+    part-00003.safetensors   those elements, by "<parameter>[<first row>:<end>].<key>.<n>"
 
-Writing takes the memory of one buffer, as no slab is brought to memory. What is read is mapped from
-the files and comes to memory where the optimizer copies it, one chunk after another.
+A part is a chunk that rests, which is written where it lies, or slices of the active one, whose
+masters' low bits are made for it: `PART` bytes of them at a time. What is read is mapped from the
+files and comes to memory where the optimizer copies it, one chunk after another.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,17 @@ from chunkft.train import shards
 
 FOLDER = "optimizer"
 HEADER = "header.pt"
+PART = 256 << 20  # bytes
 
 
 def nbytes(optimizer: ChunkedOptimizer) -> int:
     """Bytes of the tensors that `save` will write."""
-    return sum(
-        tensor_bytes(entry["values"].values())
-        for part in optimizer.in_parts()[1]
-        for entries in part.values()
-        for entry in entries
-    )
+    return sum(map(_size, optimizer.in_parts()[1]))
+
+
+def _size(part: resume.SavedState) -> int:
+    entries = (entry for entries in part.values() for entry in entries)
+    return sum(tensor_bytes(entry["values"].values()) for entry in entries)
 
 
 def save(optimizer: ChunkedOptimizer, folder: Path) -> None:
@@ -46,16 +48,31 @@ def save(optimizer: ChunkedOptimizer, folder: Path) -> None:
     folder.mkdir()
     header, parts = optimizer.in_parts()
     torch.save(header, folder / HEADER)
-    for k, part in enumerate(parts):
-        tensors: dict[str, Tensor] = {}
+    for number, part in enumerate(_together(parts)):
+        _write(part, folder / f"part-{number:05}.pt")
 
-        def take(name: str, tensor: Tensor, into: dict[str, Tensor] = tensors) -> Tensor:
-            outline = tensor.to("meta")
-            into[name] = tensor.permute(_order(outline))
-            return outline
 
-        torch.save(_changed(part, take), folder / f"chunk-{k:05}.pt")
-        shards.write(folder / f"chunk-{k:05}.safetensors", tensors)
+def _together(parts: Iterable[resume.SavedState]) -> Iterator[resume.SavedState]:
+    """Neighbours that make no more than `PART` bytes as one."""
+    waiting: list[resume.SavedState] = []
+    for part in parts:
+        if waiting and _size(part) + sum(map(_size, waiting)) > PART:
+            yield resume.joined(waiting)
+            waiting = []
+        waiting.append(part)
+    yield resume.joined(waiting)
+
+
+def _write(part: resume.SavedState, path: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+
+    def take(name: str, tensor: Tensor) -> Tensor:
+        outline = tensor.to("meta")
+        tensors[name] = tensor.permute(_order(outline))
+        return outline
+
+    torch.save(_changed(part, take), path)
+    shards.write(path.with_suffix(".safetensors"), tensors)
 
 
 def header(folder: Path) -> dict[str, Any]:
@@ -65,9 +82,8 @@ def header(folder: Path) -> dict[str, Any]:
 
 def load(folder: Path) -> dict[str, Any]:
     """The state_dict that was saved; its tensors lie in the files until they are used."""
-    found = header(folder)
-    parts = (_read(folder / f"chunk-{k:05}.pt") for k in range(len(found["partition"])))
-    return found | {"state": resume.joined(parts)}
+    parts = map(_read, sorted(folder.glob("part-*.pt")))
+    return header(folder) | {"state": resume.joined(parts)}
 
 
 def _read(path: Path) -> resume.SavedState:

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ Named = dict[str, Tensor]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-def streamable(model: nn.Module) -> bool:
+def streamable(model: nn.Module) -> TypeGuard[PreTrainedModel]:
     """Whether `write` does for `model` what `save_pretrained` would: no adapter, not quantized."""
     return (
         isinstance(model, PreTrainedModel)
@@ -53,9 +54,7 @@ def of(model: PreTrainedModel) -> Named:
 
 def nbytes(model: nn.Module) -> int:
     """Bytes that `write` will write; 0 where it is not our part."""
-    if not (isinstance(model, PreTrainedModel) and streamable(model)):
-        return 0
-    return sum(shards.nbytes(tensor) for tensor in of(model).values())
+    return sum(map(shards.nbytes, of(model).values())) if streamable(model) else 0
 
 
 def write(model: PreTrainedModel, folder: Path, *, original: bool) -> None:
