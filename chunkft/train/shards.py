@@ -57,7 +57,7 @@ def write(
             _write_all(file.fileno(), _header(names, outline))
             for name in names:
                 for piece in _pieces(read(name).detach()):
-                    _write_all(file.fileno(), piece.reshape(-1).view(torch.uint8).numpy().data)
+                    _write_all(file.fileno(), _bytes(piece))
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
@@ -97,6 +97,11 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
         rows = max(1, BUFFER // nbytes(tensor[0]))
         for piece in tensor.split(rows):
             yield from _pieces(piece)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # a single element may have any stride
+    return flat.view(torch.uint8).numpy().data
 
 
 def _write_all(descriptor: int, data: memoryview | bytes) -> None:
