@@ -26,7 +26,7 @@ from chunkft.train import shards
 
 FOLDER = "optimizer"
 HEADER = "header.pt"
-PART = 256 << 20  # bytes
+PART = 64 << 20  # bytes
 
 
 def nbytes(optimizer: ChunkedOptimizer) -> int:
