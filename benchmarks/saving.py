@@ -67,7 +67,7 @@ def mapped_model(layers: int, width: int, file: Path) -> LlamaForCausalLM:
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model.to(torch.bfloat16)
+    model.to(dtype=torch.bfloat16)  # pyright: ignore[reportCallIssue]
     size = sum(p.numel() for p in model.parameters())
     flat = torch.from_file(str(file), shared=True, size=size, dtype=torch.bfloat16)
     start = 0

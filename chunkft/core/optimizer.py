@@ -417,7 +417,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
                 yield resume.part(chunk, self._book, read(str(k)) or {})
                 continue
             for piece, kept in zip(self._rule.leaves, self._rule.states(), strict=True):
-                yield resume.part([piece], self._book, kept)
+                yield resume.part((piece,), self._book, kept)
 
     def _header(self) -> dict[str, Any]:
         return {

@@ -104,7 +104,10 @@ def run(job: Job) -> int:
             out, trainer, data, job.chunk.score_samples, fresh=found is None
         )
     trainer.run = watching
-    trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    try:
+        trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    finally:
+        watching.close()  # or an error would be told behind the bar
     trainer.run = None
     if saves.stopped_by and trainer.state.global_step < trainer.state.max_steps:
         print(f"stopped by {saves.stopped_by}; {_how_to_go_on(job.command, out)}")

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 
 from chunkft.core.store import GIB
 from chunkft.errors import CheckpointError, ChunkFTError, InputError, one_line
@@ -84,14 +83,13 @@ def room(run: Path, what: str, needed: int, torn: Path | None = None) -> Iterato
     except BaseException as error:
         if torn is not None:
             remove(torn)
-        # torch.save says RuntimeError, safetensors has an error of its own
-        foreign = isinstance(error, (OSError, RuntimeError, SafetensorError))
-        if not foreign or isinstance(error, ChunkFTError):
+        # torch says RuntimeError and tokenizers Exception when a disk is full
+        if isinstance(error, ChunkFTError) or not isinstance(error, Exception):
             raise
         found, _ = last_whole(run)
         raise CheckpointError(
             f"{run}: {what} was not written, it takes {needed / GIB:.2f} GiB and "
-            f"{free / GIB:.2f} GiB were free ({one_line(error)}); "
+            f"{free / GIB:.2f} GiB were free ({type(error).__name__}: {one_line(error)}); "
             f"{f'{found.name} is whole' if found else 'no checkpoint is there yet'}: make room, "
             f"and go on with --resume_from_checkpoint last"
         ) from error
@@ -220,11 +218,16 @@ def kept(found: Path) -> Kept:
 
 
 def rotate(run: Path, keep: int | None, best: str | None) -> None:
-    """Delete the oldest whole checkpoints beyond `keep`, never the best or the newest."""
+    """Delete the oldest whole checkpoints beyond `keep`, never the best or the newest.
+
+    What a kill left of older ones goes too.
+    """
     if not keep or keep < 1:
         return
-    whole = [p for p in checkpoints(run) if (p / MANIFEST).exists()]
-    for folder in whole[:-keep]:
+    found = checkpoints(run)
+    whole = [p for p in found if (p / MANIFEST).exists()]
+    torn = [p for p in found[: found.index(whole[-1])] if p not in whole] if whole else []
+    for folder in [*torn, *whole[:-keep]]:
         if best is None or folder.resolve() != Path(best).resolve():
             remove(folder)
 

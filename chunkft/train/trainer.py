@@ -211,7 +211,12 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.seconds = time.perf_counter() - self._begin
-        self.bar.close()
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it is and go to the next line."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 class CheckpointCallback(TrainerCallback):
