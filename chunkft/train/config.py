@@ -69,6 +69,7 @@ class ChunkArguments:
         False,
         "Weights rest on the host, or in files where --store is a directory, and visit the device "
         "layer by layer: two layers and the head are there at once.",
+    )
     memory: str | None = setting(
         None,
         "Memory for tensors on the device, such as 12GiB: whatever of chunks and checkpointing is "
