@@ -59,8 +59,9 @@ def device_of(name: str) -> Device:
     Raises:
         InputError: there is none, or several are asked for.
     """
-    count, _, rest = name.lower().rpartition("x") if re.match(r"\d+x", name) else ("1", "", name)
-    found = [key for key in DEVICES if rest.lower() in key]
+    many = re.fullmatch(r"(\d+)x(.+)", name.lower())
+    count, rest = many.groups() if many else ("1", name.lower())
+    found = [key for key in DEVICES if rest in key]
     if len(found) != 1:
         raise InputError(f"device {name!r} is not one of {', '.join(DEVICES)}")
     if count != "1":

@@ -131,6 +131,8 @@ def dry_run(
         entries = [entry for saved in optimizer.state_dict()["state"].values() for entry in saved]
         resting = nbytes(value for entry in entries for value in entry["values"].values())
         resting *= sum(sizes) / sum(sizes[k] for k in set(chunks))
+        if len(sizes) == 1:  # it never rests
+            resting = 0.0
     return DryRun(found, flops, resting, max(sizes), sum(sizes), away.most)
 
 

@@ -125,26 +125,26 @@ def make_plan(
         DoesNotFitError: nothing fits; it says the floor and what would reach it.
     """
     found: list[Plan] = []
-    floor: Plan | None = None
+    refused: list[Plan] = []
     for rung in ladder(start, device.bus == 0, free):
         tried = trial(rung)
         for choice in _by_chunks(rung, free):
             plan = _predict(choice, tried, rung, limits, device)
-            if floor is None or plan.total < floor.total:
-                floor = plan
-            if not _fits(plan, limits, device):
-                continue
-            if choice != rung:
+            if choice != rung and _fits(plan, limits, device):
                 plan = _predict(choice, trial(choice), choice, limits, device)
-                if not _fits(plan, limits, device):
-                    continue
-            found.append(plan)
-            break
+            if _fits(plan, limits, device):
+                found.append(plan)
+                break
+            refused.append(plan)
         if found and found[-1].choice.chunks <= max(PREFERRED, start.chunks):
             return found[-1]
     if found:
         return min(found, key=lambda plan: plan.choice.chunks)
-    assert floor is not None
+    by_host = [plan for plan in refused if plan.total <= limits.device]
+    if device.bus == 0 or by_host:
+        floor = min(by_host or refused, key=lambda plan: plan.host)
+    else:
+        floor = min(refused, key=lambda plan: plan.total)
     needed = floor.host if device.bus == 0 else floor.total
     raise DoesNotFitError(_cure(floor, needed, limits, device, free), needed)
 
@@ -208,7 +208,7 @@ def _cure(floor: Plan, needed: int, limits: Limits, device: Device, free: Sequen
     for name in ("chunks", "checkpointing", "offload"):
         if name not in free and not (name == "offload" and device.bus == 0):
             cures.append(f"leaving {name} open")
-    if floor.total <= limits.device and limits.host and floor.host > limits.host:
+    if device.bus and floor.total <= limits.device and limits.host:
         return (
             f"needs {floor.host / GIB:.2f} GiB of host memory, {limits.host / GIB:.2f} given: "
             f"--store DIR puts {floor.resting / GIB:.2f} GiB of state on disk"

@@ -1,0 +1,100 @@
+"""`chunkft plan`, and a run that is given a memory."""
+
+import json
+
+import pytest
+from transformers import AutoConfig
+
+from chunkft.cli import main
+from chunkft.core.store import GIB
+from chunkft.models.shapes import KNOWN, config_of
+
+MIB = 2**20
+
+
+@pytest.fixture
+def told(tiny_model, capsys):
+    def call(*words):
+        code = main(["plan", str(tiny_model), "--gpus", "none", "--seq", "32", *map(str, words)])
+        return code, capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize("method", ["chunk", "exact", "full"])
+def test_the_command(method, told, tiny_model):
+    code, printed = told("--method", method, "--memory", "8GiB", "--json")
+    assert code == 0
+    found = json.loads(printed.out)
+    assert found["fits"] and found["total"] == sum(found["bytes"].values())
+    config = AutoConfig.from_pretrained(tiny_model)
+    layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
+    elements = 2 * layer + config.vocab_size * config.hidden_size + 5 * config.hidden_size
+    assert found["bytes"]["weights"] == pytest.approx(2 * elements, rel=0.01)
+    # moments and low bits, and two sums a slice; one chunk never rests
+    assert found["resting"] == pytest.approx((method != "full") * 10 * elements, rel=0.2)
+    code, printed = told("--method", method, "--memory", "1GiB", "--json")
+    assert code == 2 and not json.loads(printed.out)["fits"]
+    code, printed = told("--method", method, "--memory", "1GiB")
+    assert code == 2 and "GiB at least, 1.00 given" in printed.err
+
+
+def test_the_table_names_the_settings(told):
+    code, printed = told("--memory", "3GB", "--chunks", "4")
+    assert code == 0
+    assert "total" in printed.out and "seconds a step, at least" in printed.out
+    assert "--method chunk --chunks 4 --store host --layout spread --interval 1" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--memory", "12"], "'12' is no amount of memory"),
+        (["--seq", "0", "--memory", "12GiB"], "--seq 0 must be at least 1"),
+        (["--chunks", "100000", "--memory", "12GiB"], "chunks=100000 is outside"),
+    ],
+)
+def test_bad_input(words, message, told):
+    code, printed = told(*words)
+    assert code == 2 and message in printed.err
+
+
+def test_known_shapes_have_their_sizes():
+    sizes = {name: config_of(name) for name in KNOWN}
+    assert sizes["llama-3-70b"].num_hidden_layers == 80
+    assert sizes["smollm2-135m"].num_key_value_heads == 3
+
+
+@pytest.mark.slow
+def test_llama_2_7b_under_13_gib(capsys):
+    """The paper's model and length; torchtune's record is 13.03 GiB, the paper's figure 13.72."""
+    assert main(["plan", "llama-2-7b", "--memory", "13GiB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["total"] <= 13 * GIB
+    assert found["bytes"]["weights"] == pytest.approx(2 * 6_738_415_616, abs=4096)
+
+
+@pytest.mark.parametrize("method", ["chunk", "exact"])
+def test_a_run_with_a_memory(method, tiny_model, records, tmp_path, capsys):
+    out = tmp_path / "run"
+    words = ["sft", "--model_name_or_path", str(tiny_model), "--dataset_name", str(records)]
+    words += ["--output_dir", str(out), "--max_steps", "20", "--method", method]
+    words += ["--per_device_train_batch_size", "4", "--memory", "8GiB", "--disable_tqdm", "true"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "plan for 8GiB:" in printed and "more than planned" not in printed
+    found = json.loads((out / "metrics.json").read_text())
+    for kind in ("weights", "gradient", "master", "state"):
+        assert found["measured"][kind] == pytest.approx(found["planned"][kind], rel=0.03)
+    # the plan takes the longest rows, and a label for every token
+    assert found["measured"]["activations"] <= 1.03 * found["planned"]["activations"]
+    assert "| kind | most | at the peak | planned |" in (out / "report.md").read_text()
+    assert (out / "memory.png").stat().st_size > 1000
+
+
+def test_a_run_below_the_floor(tiny_model, records, tmp_path, capsys):
+    words = ["sft", "--model_name_or_path", str(tiny_model), "--dataset_name", str(records)]
+    words += ["--output_dir", str(tmp_path / "run"), "--max_steps", "20", "--memory", "1GiB"]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "GiB at least, 1.00 given" in error and "would fit: --memory" in error
