@@ -13,10 +13,10 @@ PEERS := .venv/peers.stamp
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow bench lint clean
+.PHONY: help setup demo test test-slow bench bench-speed lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(SET_UP) ## fill .venv with chunkft (editable), its extras and the tools
 
@@ -29,7 +29,10 @@ test: lint ## lint, types and the default tests (ARGS="-k plan" to choose)
 test-slow: $(SET_UP) $(PEERS) ## the tests that train real models
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800 $(ARGS)
 
-bench: $(SET_UP) $(PEERS) ## measure speed against the peers
+bench: $(SET_UP) $(PEERS) ## seconds, bytes and loss against the peers (hours)
+	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+bench-speed: $(SET_UP) ## seconds a step and bytes against dense AdamW and LoRA
 	$(BIN)/python -m benchmarks.speed $(ARGS)
 
 lint: $(SET_UP) ## ruff (lint, format) and pyright

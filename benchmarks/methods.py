@@ -8,7 +8,8 @@ chunk   ChunkedOptimizer over the same AdamW
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from chunkft import ChunkedOptimizer
+from chunkft.core.store import State, Store, nbytes
 from chunkft.models.load import load_model
 from chunkft.models.losses import head_log_probs
 
@@ -24,15 +26,37 @@ Batch = dict[str, Tensor]
 LORA_RANK = 16
 
 
+Held = dict[str, Iterable[Any]]
+"""Tensors (among other values) by kind: weights, gradient, master, state, adapter, resting (what
+came to rest since the last look is enough)."""
+
+
 @dataclass(eq=False)
 class Method:
     """A way to train, ready to step."""
 
     model: Any
-    step: Callable[[Batch], float]
+    update: Callable[[], None]
+    """What follows backward: clip, step, free the gradients."""
     set_lr: Callable[[float], None]
-    working_bytes: Callable[[], int]
-    """Gradient + optimizer state + master at their largest, resting state apart."""
+    held: Callable[[], Held]
+    """What it holds now. A tensor in two kinds belongs to the first."""
+    backward: Callable[[Tensor], Any] = Tensor.backward
+    resting: Callable[[], int] = lambda: 0
+    """Bytes that lie on the host or on disk beside an accelerator."""
+
+    def step(self, batch: Batch) -> float:
+        loss = loss_of(self.model, batch)
+        self.backward(loss)
+        self.update()
+        return loss.item()
+
+
+def start(seed: int) -> Any:
+    """The model that every method trains."""
+    torch.manual_seed(seed)
+    model, _ = load_model("smollm2-135m")
+    return model.train()
 
 
 def loss_of(model: Any, batch: Batch) -> Tensor:
@@ -48,11 +72,16 @@ def loss_of(model: Any, batch: Batch) -> Tensor:
 
 def build(name: str, lr: float, seed: int = 0, **settings: Any) -> Method:
     """`dense` or `lora` with AdamW's settings, or `chunk` with ChunkedOptimizer's too."""
-    torch.manual_seed(seed)
-    model, _ = load_model("smollm2-135m")
-    model.train()
-    if name in PEERS:
-        return PEERS[name](model, lr, **settings)
+    model = start(seed)
+    if name == "chunk":
+        return chunk(model, lr, seed, **settings)
+    return {"dense": dense, "lora": lora}[name](model, lr, **settings)
+
+
+def chunk(model: Any, lr: float, seed: int = 0, **settings: Any) -> Method:
+    shelf = Shelf()
+    if not settings.get("exact"):  # which has no order that a seed could shuffle
+        settings["seed"] = seed
     optimizer = ChunkedOptimizer(
         model,
         torch.optim.AdamW,
@@ -60,48 +89,60 @@ def build(name: str, lr: float, seed: int = 0, **settings: Any) -> Method:
         weight_decay=0.0,
         fused=True,
         max_grad_norm=1.0,
-        seed=seed,
+        store=shelf,
         **settings,
     )
 
-    def step(batch: Batch) -> float:
-        loss = loss_of(model, batch)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
+    def outer() -> list[Any]:
+        return [p.grad for group in optimizer.param_groups for p in group["params"]]
 
-    def working() -> int:
-        return sum(size for kind, size in optimizer.nbytes.items() if kind != "resting")
+    def held() -> Held:
+        # not optimizer.holdings(), which walks through all that rests at every look
+        found = held_by(model, optimizer.rule)
+        if optimizer.exact:  # whole gradients wait beside the state, their slices are views
+            return {"resting": [*shelf.latest(), *outer()], **found}
+        return {**found, "gradient": [*found["gradient"], *outer()], "resting": shelf.latest()}
 
-    return Method(model, step, _lr_setter(optimizer), working)
+    def resting() -> int:
+        waiting = nbytes(outer()) if optimizer.exact else 0
+        return optimizer.nbytes["resting"] + waiting
+
+    return Method(model, optimizer.step, lr_setter(optimizer), held, resting=resting)
 
 
-def _dense(model: Any, lr: float, **settings: Any) -> Method:
+class Shelf(Store):
+    """A store that knows which tensors came last, for a meter."""
+
+    _latest: Sequence[weakref.ref[Tensor]] = ()
+
+    def put(self, key: str, state: State) -> None:
+        super().put(key, state)
+        self._latest = [weakref.ref(v) for v in state.values() if isinstance(v, Tensor)]
+
+    def latest(self) -> list[Any]:
+        return [reference() for reference in self._latest]
+
+
+def dense(model: Any, lr: float, **settings: Any) -> Method:
     weights = [p for p in model.parameters() if p.requires_grad]
     masters = [p.detach().float() for p in weights]
     optimizer = torch.optim.AdamW(masters, lr=lr, weight_decay=0.0, fused=True, **settings)
-    peak = 0
 
-    def step(batch: Batch) -> float:
-        nonlocal peak
-        loss = loss_of(model, batch)
-        loss.backward()
+    def update() -> None:
         for weight, master in zip(weights, masters, strict=True):
             assert weight.grad is not None
             master.grad, weight.grad = weight.grad.float(), None
         torch.nn.utils.clip_grad_norm_(masters, 1.0)
         optimizer.step()
-        peak = max(peak, _bytes(masters) + _bytes(m.grad for m in masters) + _state(optimizer))
         with torch.no_grad():
             for weight, master in zip(weights, masters, strict=True):
                 weight.copy_(master)
                 master.grad = None
-        return loss.item()
 
-    return Method(model, step, _lr_setter(optimizer), lambda: peak)
+    return Method(model, update, lr_setter(optimizer), lambda: held_by(model, optimizer))
 
 
-def _lora(model: Any, lr: float, **settings: Any) -> Method:
+def lora(model: Any, lr: float, **settings: Any) -> Method:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -110,25 +151,25 @@ def _lora(model: Any, lr: float, **settings: Any) -> Method:
     adapted = get_peft_model(model, config)
     weights = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0, fused=True, **settings)
-    peak = 0
 
-    def step(batch: Batch) -> float:
-        nonlocal peak
-        loss = loss_of(adapted, batch)
-        loss.backward()
+    def held() -> Held:
+        return {"adapter": weights, **held_by(adapted, optimizer)}
+
+    return Method(adapted, clipped_step(weights, optimizer), lr_setter(optimizer), held)
+
+
+def clipped_step(weights: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """The update of an optimizer that steps on the gradients as backward leaves them."""
+
+    def update() -> None:
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        peak = max(peak, _bytes(weights) + _bytes(w.grad for w in weights) + _state(optimizer))
         optimizer.zero_grad()
-        return loss.item()
 
-    return Method(adapted, step, _lr_setter(optimizer), lambda: peak)
-
-
-PEERS = {"dense": _dense, "lora": _lora}
+    return update
 
 
-def _lr_setter(optimizer: torch.optim.Optimizer) -> Callable[[float], None]:
+def lr_setter(optimizer: torch.optim.Optimizer) -> Callable[[float], None]:
     def set_lr(lr: float) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -136,12 +177,15 @@ def _lr_setter(optimizer: torch.optim.Optimizer) -> Callable[[float], None]:
     return set_lr
 
 
-def _bytes(tensors: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
-
-
-def _state(optimizer: torch.optim.Optimizer) -> int:
-    return sum(_bytes(state.values()) for state in optimizer.state.values())
+def held_by(model: Any, optimizer: torch.optim.Optimizer) -> Held:
+    """What a torch optimizer and its model hold; parameters that are no weights are masters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        "weights": model.parameters(),
+        "gradient": [p.grad for p in (*model.parameters(), *parameters)],
+        "master": [*parameters, *optimizer.state],
+        "state": [value for state in optimizer.state.values() for value in state.values()],
+    }
 
 
 def random_batches(tokens: int, vocabulary: int, seed: int = 0) -> Iterator[Batch]:

@@ -25,13 +25,14 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
+from benchmarks.meter import Meter
 from benchmarks.methods import Batch, Method, build, loss_of, provenance
 from chunkft.core.partition import Partition, Slice, cut
 from chunkft.core.partition import Tensor as Shape
@@ -178,12 +179,12 @@ def make(name: str, lr: float, seed: int) -> Method:
         return build(kind_of(name), lr, seed, **settings_of(name))
 
 
-def train(name: str, lr: float, steps: int, data: Data, seed: int) -> float:
+def train(
+    method: Method | Meter, lr: float, steps: int, data: Data, seed: int, warm_up: int = 0
+) -> float:
     """Held-out loss after `steps` steps; linear warm-up, then a cosine to zero."""
-    method, batches = make(name, lr, seed), data.batches(seed)
-    warm_up = max(1, int(WARM_UP * steps))
-    if "warm" in name.split("-"):
-        warm_up = settings_of(name)["chunks"] * settings_of(name)["interval"]
+    batches = data.batches(seed)
+    warm_up = warm_up or max(1, int(WARM_UP * steps))
     for step in range(steps):
         done = (step - warm_up) / max(1, steps - warm_up)
         scale = (step + 1) / warm_up if step < warm_up else 0.5 * (1 + math.cos(math.pi * done))
@@ -253,6 +254,23 @@ def measure_ratios(names: list[str], data: Data, results: Results) -> None:
             )
 
 
+def halving(base: float, loss: Callable[[float, float], float]) -> float:
+    """The best rate near `base`, by `loss(rate, share of the budget)`: successive halving."""
+    ladder = [-1, 0, 1]  # powers of two
+
+    def at(power: int, share: float) -> float:
+        return loss(float(f"{base * 2.0**power:.3g}"), share)
+
+    while True:
+        best = min(ladder, key=lambda p: at(p, 0.25))
+        if best not in (ladder[0], ladder[-1]) or len(ladder) == 5:
+            break
+        ladder = sorted([*ladder, ladder[0] - 1 if best == ladder[0] else ladder[-1] + 1])
+    left = sorted(ladder, key=lambda p: at(p, 0.25))[:2]
+    winner = min(left, key=lambda p: at(p, 0.5))
+    return float(f"{base * 2.0**winner:.3g}")
+
+
 class Race:
     """All runs of one task within the seconds of `budget` dense steps."""
 
@@ -266,7 +284,10 @@ class Race:
         if done:
             return done[0]["loss"]
         steps = max(1, round(share * self.budget / self.results.ratio(name)))
-        loss = train(name, lr, steps, self.data, seed)
+        warm_up = 0
+        if "warm" in name.split("-"):
+            warm_up = settings_of(name)["chunks"] * settings_of(name)["interval"]
+        loss = train(make(name, lr, seed), lr, steps, self.data, seed, warm_up)
         self.results.add(key | {"steps": steps, "loss": round(loss, 4)})
         return loss
 
@@ -274,19 +295,7 @@ class Race:
         """Successive halving from the rule's rate."""
         name = tuned_as(name)
         base = RATES.get(kind_of(name)) or CHUNK_RATE * math.sqrt(settings_of(name)["chunks"])
-        ladder = [-1, 0, 1]  # powers of two
-
-        def loss(power: int, share: float) -> float:
-            return self.held_out(name, float(f"{base * 2.0**power:.3g}"), share)
-
-        while True:
-            best = min(ladder, key=lambda p: loss(p, 0.25))
-            if best not in (ladder[0], ladder[-1]) or len(ladder) == 5:
-                break
-            ladder = sorted([*ladder, ladder[0] - 1 if best == ladder[0] else ladder[-1] + 1])
-        left = sorted(ladder, key=lambda p: loss(p, 0.25))[:2]
-        winner = min(left, key=lambda p: loss(p, 0.5))
-        return float(f"{base * 2.0**winner:.3g}")
+        return halving(base, lambda lr, share: self.held_out(name, lr, share))
 
     def final(self, name: str, seeds: int = 1, share: float = 1.0) -> float:
         rate = self.rate(name)

@@ -23,6 +23,7 @@ HELP = """\
 chunkft: full-parameter fine-tuning in the memory of an adapter
 
   chunkft sft    fine-tune all parameters of a language model on your records
+  chunkft plan   what that takes, and the settings that fit a memory; needs no weights, no GPU
   chunkft demo   see it work: SmolLM2-135M learns a task in a few minutes on a CPU
 
   chunkft <command> --help   what it takes
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"chunkft {__version__}")
         return 0
-    commands = {"sft": _sft, "demo": _demo}
+    commands = {"sft": _sft, "plan": _plan, "demo": _demo}
     try:
         if command not in commands:
             raise InputError(f"unknown command {command!r}; use one of {', '.join(commands)}")
@@ -108,6 +109,35 @@ def _sft(words: list[str]) -> int:
     from chunkft.recipes import sft
 
     return sft.run(job)
+
+
+def _plan(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="chunkft plan",
+        description="What fine-tuning MODEL takes, by kind, and settings that fit. Steps are run "
+        "on tensors without memory, so neither weights nor a GPU are needed. Exit code 2: it does "
+        "not fit.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, or llama-2-7b, ...")
+    parser.add_argument("--memory", help="for tensors on the device: 24GiB, 80GB")
+    parser.add_argument("--gpus", help="a card by name, such as rtx-4090; `none` is this computer")
+    parser.add_argument("--seq", type=int, default=1024, help="tokens of a row [1024]")
+    parser.add_argument("--batch", type=int, default=1, help="rows [1]")
+    parser.add_argument("--accumulation", type=int, default=1, help="batches of a step [1]")
+    parser.add_argument("--host-memory", help="bound on host memory")
+    parser.add_argument("--disk", help="bound on disk space")
+    parser.add_argument("--method", choices=["chunk", "exact", "full"], default="chunk")
+    parser.add_argument("--chunks", type=int, help="K; left open, the least that fits, from 8")
+    parser.add_argument("--interval", type=int, default=1, help="T, steps of a visit [1]")
+    parser.add_argument("--layout", choices=["spread", "stream"], default="spread")
+    parser.add_argument("--store", default="host", help="host, device, or a directory [host]")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--json", action="store_true", help="print the plan for programs")
+    options = parser.parse_args(words)
+    from chunkft.recipes import planning
+
+    return planning.run(options)
 
 
 def _demo(words: list[str]) -> int:

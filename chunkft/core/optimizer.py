@@ -10,7 +10,7 @@ Device bytes: weights + (gradient + master + state) of one chunk, N/K elements.
 """
 
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import sqrt
@@ -30,7 +30,7 @@ from chunkft.core.partition import Partition, Slice, cut
 from chunkft.core.partition import Tensor as Shape
 from chunkft.core.rule import Rule, Values
 from chunkft.core.schedule import Schedule
-from chunkft.core.store import Store
+from chunkft.core.store import State, Store
 from chunkft.core.working_set import Leaf, WorkingSet, refuse_parallel
 from chunkft.errors import InputError, NonFiniteGradientError, UnsupportedError
 
@@ -413,13 +413,26 @@ class ChunkedOptimizer(torch.optim.Optimizer):
 
         Before the first step it holds no tensor.
         """
-        state: resume.SavedState = {}
+        parts = self._parts(lambda key: self.store.get(key, torch.device("cpu")))
+        return self._header() | {"state": resume.joined(parts)}
+
+    def in_parts(self) -> tuple[dict[str, Any], Iterator[resume.SavedState]]:
+        """`state_dict()` without its "state", and that in parts (see `resume.joined`).
+
+        A part is a resting chunk, or a slice of the active one, whose low bits are made for it.
+        What rests on disk stays there. Read each part before the next step.
+        """
+        return self._header(), self._parts(self.store.look)
+
+    def _parts(self, read: Callable[[str], State | None]) -> Iterator[resume.SavedState]:
         for k, chunk in enumerate(self.partition):
-            if k == self._active:
-                kept = self._rule.state()
-            else:
-                kept = self.store.get(str(k), torch.device("cpu")) or {}
-            resume.gather(state, chunk, self._book, kept)
+            if k != self._active:
+                yield resume.part(chunk, self._book, read(str(k)) or {})
+                continue
+            for piece, kept in zip(self._rule.leaves, self._rule.states(), strict=True):
+                yield resume.part((piece,), self._book, kept)
+
+    def _header(self) -> dict[str, Any]:
         return {
             "format": resume.FORMAT,
             "steps": self._steps,
@@ -430,7 +443,6 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             "exact": self.exact,
             "shapes": {name: list(shape) for name, shape in self.partition.shapes.items()},
             "partition": [[list(piece) for piece in chunk] for chunk in self.partition],
-            "state": state,
             "param_groups": [
                 {**{k: v for k, v in group.items() if k != "params"}, "params": names}
                 for group, names in zip(self.param_groups, self._names_by_group(), strict=True)
@@ -473,8 +485,9 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         self.schedule = replace(self.schedule, start=start)
         for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
             groups_.copy_settings(loaded, group)
-        for k, state in states.items():
-            self.store.put(str(k), resume.to_device(state, self._working_set.device_of))
+        for k, state in states:
+            if state:
+                self.store.put(str(k), resume.to_device(state, self._working_set.device_of))
         # a visit begins here unless the saved run was in the middle of one
         visit_begins = (self._steps - start) % self.schedule.interval == 0
         self._attach(self.active, new_visit=visit_begins and start != saved.schedule.start)

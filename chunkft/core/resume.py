@@ -4,12 +4,15 @@ A saved state is plain containers and tensors, so `torch.load(weights_only=True)
 
     state[name] = [{start, stop, steps, updates, last, values: {key: tensor | number}}, ...]
 
+It is made and taken back one chunk at a time, so that tensors which lie in files stay there: beside
+the store itself, loading needs the memory of one chunk.
+
 With another K the pieces are cut and joined along axis 0. That is exact for elementwise rules only,
 whose tensors have the slice's shape; anything else raises, naming the key. Rows that come together
 with different step counts stay several slices of one chunk, each with a count of its own.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +28,7 @@ from chunkft.errors import ChunkFTError, InputError, StateError
 
 FORMAT = 2
 SavedState = dict[str, list[dict[str, Any]]]
-States = dict[int, State]
+States = Iterator[tuple[int, State]]  # a chunk's index and its state
 Weights = Mapping[str, Tensor]
 
 
@@ -41,16 +44,27 @@ class Saved(NamedTuple):
     values: dict[Slice, dict[str, Any]]
 
 
-def gather(state: SavedState, chunk: Chunk, book: Book, kept: State) -> None:
-    """Add the slices of `chunk` with their values to `state`."""
+def part(chunk: Chunk, book: Book, kept: State) -> SavedState:
+    """The slices of `chunk` with their values, as a piece of the saved state."""
     values: dict[Slice, dict[str, Any]] = {}
     for (piece, key), value in kept.items():
         values.setdefault(piece, {})[key] = value
+    found: SavedState = {}
     for piece in chunk:
         if book[piece].steps:
             entry = {"start": piece.start, "stop": piece.stop, **book[piece].__dict__}
             entry["values"] = values.get(piece, {})
-            state.setdefault(piece.name, []).append(entry)
+            found.setdefault(piece.name, []).append(entry)
+    return found
+
+
+def joined(parts: Iterable[SavedState]) -> SavedState:
+    """The saved state of which these are the chunks."""
+    state: SavedState = {}
+    for found in parts:
+        for name, entries in found.items():
+            state.setdefault(name, []).extend(entries)
+    return state
 
 
 def check(
@@ -106,11 +120,11 @@ def check(
 def restore(saved: Saved) -> tuple[Book, States]:
     """Records and values for the saved partition itself."""
     book = {p: saved.records.get(p, Record()) for chunk in saved.partition for p in chunk}
-    states = {
-        k: {(piece, key): v for piece in chunk for key, v in saved.values.get(piece, {}).items()}
+    states = (
+        (k, {(piece, key): v for piece in chunk for key, v in saved.values.get(piece, {}).items()})
         for k, chunk in enumerate(saved.partition)
-    }
-    return book, {k: state for k, state in states.items() if state}
+    )
+    return book, states
 
 
 def recut(saved: Saved, partition: Partition, weights: Weights) -> tuple[Partition, Book, States]:
@@ -122,30 +136,35 @@ def recut(saved: Saved, partition: Partition, weights: Weights) -> tuple[Partiti
     old = {name: list[_Part]() for name in partition.shapes}
     for piece in sorted(p for chunk in saved.partition for p in chunk):
         record = saved.records.get(piece, Record())
-        values = dict(saved.values.get(piece, {}))
-        halves = {key: values.pop(key) for key in precision.KEYS if key in values}
-        if halves:
-            values[precision.WHOLE] = precision.wake(halves, _weight(piece, weights))
-        old[piece.name].append(_Part(piece, record, values))
+        old[piece.name].append(_Part(piece, record, saved.values.get(piece, {})))
 
-    chunks: list[list[Slice]] = []
-    book: Book = {}
-    states: States = {}
-    for k, chunk in enumerate(partition):
-        parts = [
+    def parts_of(chunk: Chunk, dry: bool) -> list[_Part]:
+        return [
             part
             for piece in chunk
-            for part in _join(_cut(old[piece.name], piece, weights), weights)
+            for part in _join(_cut(old[piece.name], piece, weights, dry), weights)
         ]
-        chunks.append([part.piece for part in parts])
-        for piece, record, values in parts:
-            book[piece] = record
-            if precision.WHOLE in values:
-                master = values.pop(precision.WHOLE)
-                values.update(precision.rest(master, _weight(piece, weights)))
-            for key, value in values.items():
-                states.setdefault(k, {})[piece, key] = value
-    return Partition(partition.shapes, chunks), book, states
+
+    # without their elements first: what cannot be cut must raise before anything is replaced
+    outline = [parts_of(chunk, dry=True) for chunk in partition]
+    book = {part.piece: part.record for parts in outline for part in parts}
+    cut = Partition(partition.shapes, [[part.piece for part in parts] for parts in outline])
+    states = (
+        (k, _rested(parts_of(chunk, dry=False), weights)) for k, chunk in enumerate(partition)
+    )
+    return cut, book, states
+
+
+def _rested(parts: Iterable["_Part"], weights: Weights) -> State:
+    """The values as they go to the store: masters as what their weights lack."""
+    state: State = {}
+    for piece, _, values in parts:
+        if precision.WHOLE in values:
+            master = values.pop(precision.WHOLE)
+            values.update(precision.rest(master, _weight(piece, weights)))
+        for key, value in values.items():
+            state[piece, key] = value
+    return state
 
 
 def _weight(piece: Slice, weights: Weights) -> Tensor:
@@ -159,19 +178,34 @@ class _Part(NamedTuple):
     values: dict[str, Any]
 
 
-def _cut(parts: Iterable[_Part], wanted: Slice, weights: Weights) -> list[_Part]:
+def _cut(parts: Iterable[_Part], wanted: Slice, weights: Weights, dry: bool) -> list[_Part]:
+    """What lies in the rows `wanted`; without elements (on "meta") if `dry`."""
     found: list[_Part] = []
-    for piece, record, values in parts:
+    for piece, record, saved in parts:
         start, stop = max(piece.start, wanted.start), min(piece.stop, wanted.stop)
         if start < stop:
             part = Slice(piece.name, start, stop)
-            cut = (
-                values
-                if part == piece
-                else {k: _rows(piece, k, value, part, weights) for k, value in values.items()}
-            )
-            found.append(_Part(part, Record(**record.__dict__), cut))
+            values = _awake(piece, saved, weights, dry)
+            if part != piece:
+                values = {k: _rows(piece, k, v, part, weights) for k, v in values.items()}
+            found.append(_Part(part, Record(**record.__dict__), values))
     return found
+
+
+def _awake(piece: Slice, saved: dict[str, Any], weights: Weights, dry: bool) -> dict[str, Any]:
+    """A slice's values with its master whole, which alone can be cut."""
+    values = dict(saved)
+    halves = {key: values.pop(key) for key in precision.KEYS if key in values}
+    if dry:
+        values = {key: mapped(value, lambda t: t.to("meta")) for key, value in values.items()}
+    if halves:
+        weight = _weight(piece, weights)
+        values[precision.WHOLE] = (
+            torch.empty_like(weight, dtype=torch.float32, device="meta")
+            if dry
+            else precision.wake(halves, weight)
+        )
+    return values
 
 
 def _rows(piece: Slice, key: str, value: Any, part: Slice, weights: Weights) -> Any:

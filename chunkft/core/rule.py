@@ -10,7 +10,7 @@ Its parameters are the leaves themselves, or the fp32 masters of 16-bit ones. De
 + master + state of one chunk.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -144,11 +144,12 @@ class Rule:
 
     def state(self) -> State:
         """State and masters of the awake leaves, as they rest."""
-        return {
-            (piece, name): value
-            for piece, leaf in self.leaves.items()
-            for name, value in self._kept_of(leaf).items()
-        }
+        return {key: value for state in self.states() for key, value in state.items()}
+
+    def states(self) -> Iterator[State]:
+        """`state()`, leaf by leaf."""
+        for piece, leaf in self.leaves.items():
+            yield {(piece, name): value for name, value in self._kept_of(leaf).items()}
 
     def holdings(self) -> dict[str, list[Tensor]]:
         """Tensors by kind: gradient, master, state."""

@@ -80,6 +80,13 @@ class Store:
             state = slab.read(state, device)
         return self.codec.decode(state) if self.codec else dict(state)
 
+    def look(self, key: str) -> State | None:
+        """The state of `key` where it rests, nothing copied: read it before the next `put`."""
+        state, slab = self._kept.get(key), self._slabs.get(key)
+        if slab is not None and slab.stream is not None:
+            slab.stream.synchronize()  # the write may be under way
+        return self.codec.decode(state) if self.codec and state is not None else state
+
     def prefetch(self, key: str, device: torch.device) -> None:
         """Start bringing `key` to `device`, so that `get` finds it there."""
         slab = self._slabs.get(key)

@@ -1,7 +1,10 @@
 """Devices, and amounts of memory as people write them. GB is 10^9 bytes, GiB is 2^30."""
 
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from chunkft.core.store import GIB
 from chunkft.errors import InputError
@@ -51,12 +54,35 @@ HOST_BANDWIDTH = 60e9  # bytes a second, where states and weights rest
 
 
 def device_of(name: str) -> Device:
-    """A device of the table by its name or the beginning of it.
+    """The device of the table whose name contains `name`; `1x` before it is heard.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or several are asked for.
     """
-    found = [key for key in DEVICES if key.startswith(name.lower()) or name.lower() in key]
+    count, _, rest = name.lower().rpartition("x") if re.match(r"\d+x", name) else ("1", "", name)
+    found = [key for key in DEVICES if rest.lower() in key]
     if len(found) != 1:
-        raise InputError(f"device {name!r} is not one of {', '.join(DEVICES)}; give --memory")
+        raise InputError(f"device {name!r} is not one of {', '.join(DEVICES)}")
+    if count != "1":
+        raise InputError(f"{name}: runs on several devices are not planned yet; plan for one")
     return DEVICES[found[0]]
+
+
+def this_computer() -> Device:
+    """The accelerator that runs go to, or the CPU and its memory."""
+    if not torch.cuda.is_available():
+        return replace(DEVICES["laptop-16gib"], memory=_installed(), reserved=0)
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return replace(smallest_of(memory), memory=memory)
+
+
+def _installed() -> int:
+    if not hasattr(os, "sysconf"):  # Windows
+        return DEVICES["laptop-16gib"].memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def smallest_of(memory: int) -> Device:
+    """The least card of the table with `memory` bytes or more, or else the largest."""
+    cards = sorted((d for d in DEVICES.values() if d.bus), key=lambda d: d.memory)
+    return next((card for card in cards if card.memory >= memory), cards[-1])

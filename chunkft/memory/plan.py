@@ -28,7 +28,15 @@ PREFERRED, MOST = 64, 1024  # chunks: what still learns well (LOG.md), and what 
 
 
 class DoesNotFitError(ChunkFTError, ValueError):
-    """No settings fit into the memory given."""
+    """No settings fit into the memory given.
+
+    Args:
+        needed: bytes of what takes least.
+    """
+
+    def __init__(self, message: str, needed: int):
+        super().__init__(message)
+        self.needed = needed
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,8 @@ def make_plan(
     if found:
         return min(found, key=lambda plan: plan.choice.chunks)
     assert floor is not None
-    raise DoesNotFitError(_cure(floor, limits, device, free))
+    needed = floor.host if device.bus == 0 else floor.total
+    raise DoesNotFitError(_cure(floor, needed, limits, device, free), needed)
 
 
 def _by_chunks(rung: Choice, free: Sequence[str]) -> Iterator[Choice]:
@@ -189,8 +198,7 @@ def _fits(plan: Plan, limits: Limits, device: Device) -> bool:
     )
 
 
-def _cure(floor: Plan, limits: Limits, device: Device, free: Sequence[str]) -> str:
-    needed = floor.host if device.bus == 0 else floor.total
+def _cure(floor: Plan, needed: int, limits: Limits, device: Device, free: Sequence[str]) -> str:
     largest = max(floor.bytes, key=lambda kind: floor.bytes[kind])
     cures = ["a shorter --seq or smaller --batch"]
     if largest == "weights":

@@ -25,7 +25,14 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from chunkft.core.sliced_ops import SlicedForward, cast_for_autocast, rule_of
 
-TILE = 512  # tokens whose logits exist at once
+TILE_BYTES = 32 * 2**20  # of a tile's logits in fp32; two such buffers exist at once
+LEAST_ROWS, MOST_ROWS = 64, 512  # of a tile: below, the product with the head is no longer fast
+
+
+def tile_rows(vocabulary: int) -> int:
+    """Tokens whose logits exist at once."""
+    fitting = max(1, TILE_BYTES // (4 * vocabulary))
+    return min(max(1 << fitting.bit_length() - 1, LEAST_ROWS), MOST_ROWS)
 
 
 class HeadLogProbs(Function):
@@ -49,15 +56,18 @@ class HeadLogProbs(Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:])
         pull = torch.empty_like(hidden) if needs_hidden else None
         slice_d = hidden.new_empty(len(labels), rows) if needs_weight else None
-        for first in range(0, len(labels), TILE):
-            at = slice(first, first + TILE)
+        tile = tile_rows(len(weight))
+        for first in range(0, len(labels), tile):
+            at = slice(first, first + tile)
             logits = F.linear(hidden[at], weight).to(wide)
             lse = logits.logsumexp(-1)
             chosen = logits.gather(-1, labels[at, None])[:, 0]
             log_probs[at] = chosen - lse
             top1[at] = logits.argmax(-1) == labels[at]
             probs = (logits - lse[:, None]).exp_()
-            entropy[at] = lse - (probs * logits).sum(-1)
+            # a product of vectors: no third buffer of a tile's size
+            entropy[at] = lse - (probs[:, None] @ logits[..., None])[:, 0, 0]
+            del logits
             if pull is None and slice_d is None:
                 continue
             d = probs.neg_()

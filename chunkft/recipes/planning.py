@@ -3,9 +3,10 @@
 config -> the model on fake tensors -> dry runs (memory/dry_run.py) -> plan (memory/plan.py)
 """
 
+import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,11 +14,15 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.core.store import GIB
-from chunkft.errors import as_input_error
-from chunkft.memory.budget import Device
+from chunkft.errors import InputError, as_input_error
+from chunkft.memory.budget import DEVICES, Device, device_of, parse_bytes, smallest_of
 from chunkft.memory.dry_run import DryRun, dry_run, fake
-from chunkft.memory.plan import Choice, Limits, Plan, make_plan
+from chunkft.memory.plan import Choice, DoesNotFitError, Limits, Plan, make_plan
 from chunkft.models.losses import install_head, is_plain_head
+from chunkft.models.shapes import config_of
+from chunkft.train.config import FEWEST_CHUNKS
+
+FREE = ("chunks", "checkpointing", "offload")
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,51 @@ def trial_of(config: PretrainedConfig, load: Workload) -> Callable[[Choice], Dry
     return trial
 
 
+def run(options: argparse.Namespace) -> int:
+    """`chunkft plan`; returns the exit code: 0, or 2 when it does not fit."""
+    memory = parse_bytes(options.memory) if options.memory else None
+    if options.gpus == "none":
+        device = DEVICES["laptop-16gib"]
+    elif options.gpus:
+        device = device_of(options.gpus)
+    elif memory is not None:
+        device = smallest_of(memory)
+    else:
+        raise InputError("give --memory 24GiB, or --gpus with one of " + ", ".join(DEVICES))
+    for name in ("seq", "batch", "accumulation", "interval"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} {getattr(options, name)} must be at least 1")
+    limits = Limits(
+        device.memory - device.reserved if memory is None else memory,
+        parse_bytes(options.host_memory) if options.host_memory else None,
+        parse_bytes(options.disk) if options.disk else None,
+    )
+    load = Workload(options.seq, options.batch, options.accumulation, getattr(torch, options.dtype))
+    start = Choice(options.method, options.chunks or FEWEST_CHUNKS, options.interval)
+    start = replace(start, layout=options.layout, store=options.store)
+    if options.method == "full":
+        start = replace(start, chunks=1)
+    free = ("checkpointing", "offload") if options.chunks else FREE
+    try:
+        found = plan(config_of(options.model), load, limits, device, start, free)
+    except DoesNotFitError as error:
+        if not options.json:
+            raise
+        told = {"model": options.model, "fits": False, "needed": error.needed, "why": str(error)}
+        print(json.dumps(told, indent=1))
+        return 2
+    tell = as_json if options.json else as_text
+    print(tell(found, options.model, load))
+    return 0
+
+
 def plan(
     config: PretrainedConfig,
     load: Workload,
     limits: Limits,
     device: Device,
     start: Choice,
-    free: tuple[str, ...] = ("chunks", "checkpointing", "offload"),
+    free: tuple[str, ...] = FREE,
 ) -> Plan:
     """Settings for `config` within `limits`.
 

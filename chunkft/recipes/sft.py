@@ -39,6 +39,7 @@ from chunkft.train.config import (
     choose_rotation,
     longest_visit,
 )
+from chunkft.train.saving import StreamingTrainer
 from chunkft.train.trainer import (
     CheckpointCallback,
     RunCallback,
@@ -54,7 +55,7 @@ RESUME = "--resume_from_checkpoint"
 SCHEDULE = {"interval", "layout", "order", "moments"}  # settings of --method chunk only
 
 
-class ChunkSFTTrainer(SFTTrainer):
+class ChunkSFTTrainer(StreamingTrainer, SFTTrainer):
     """TRL's trainer; its training logs carry what only the optimizer knows."""
 
     run: RunCallback | None = None
@@ -106,7 +107,10 @@ def run(job: Job) -> int:
             out, trainer, data, job.chunk.score_samples, fresh=found is None
         )
     trainer.run = watching
-    trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    try:
+        trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    finally:
+        watching.close()  # or an error would be told behind the bar
     trainer.run = None
     if saves.stopped_by and trainer.state.global_step < trainer.state.max_steps:
         print(f"stopped by {saves.stopped_by}; {_how_to_go_on(job.command, out)}")
@@ -341,7 +345,7 @@ def _weight_bytes(model: PreTrainedModel, stream: WeightStream | None) -> dict[s
 
 def _how_to_go_on(command: str, out: Path) -> str:
     found, _ = checkpoints.last_whole(out)
-    if found is None or not (found / checkpoints.STATE).exists():
+    if found is None or not checkpoints.has_state(found):
         return "it cannot go on: no checkpoint has the optimizer's state (--save_only_model)"
     return f"go on with:\n  {_resume_line(command)}"
 

@@ -1,28 +1,34 @@
 """Checkpoints that are whole or named as torn.
 
-Trainer writes a checkpoint file by file. When all are there and on disk, a manifest with the size
-and the ends of every file is put beside them by rename, so a checkpoint without a fitting manifest
-is one that a kill interrupted. Older checkpoints are deleted only after that.
+A checkpoint is written file by file. When all are there and on disk, a manifest with the size and
+the ends of every file is put beside them by rename, so a checkpoint without a fitting manifest is
+one that a kill interrupted. Older checkpoints are deleted only after that. One that the disk has no
+room for is taken away again.
 
 A directory is a run's by its `before.json`, which a run writes before its first step. In any other
 nothing is written unless it is empty.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from chunkft.errors import CheckpointError, InputError
+from chunkft.core.store import GIB
+from chunkft.errors import CheckpointError, ChunkFTError, InputError, one_line
+from chunkft.train import state_files
 
 MANIFEST = "chunkft_manifest.json"
 BEFORE = "before.json"
-STATE = "optimizer.pt"
+OLD_STATE = "optimizer.pt"  # in one file, as Trainer writes it
 UNFINISHED = "was never finished (no manifest)"
 NEWEST, NEVER = ("true", "last", "latest", "1", "yes"), ("", "false", "0", "no", "none")
 ENDS = 1 << 20  # bytes looked at on either end of a file
@@ -35,13 +41,70 @@ def seal(folder: Path) -> None:
         if path.is_file() and path.name != MANIFEST:
             with path.open("rb+") as f:
                 os.fsync(f.fileno())
-            files[str(path.relative_to(folder))] = _look(path)
+            files[path.relative_to(folder).as_posix()] = _look(path)
+        elif path.is_dir():
+            _sync_names(path)
     temporary = folder / (MANIFEST + ".tmp")
     with temporary.open("w") as f:
         json.dump({"files": files}, f)
         f.flush()
         os.fsync(f.fileno())
     temporary.replace(folder / MANIFEST)
+    _sync_names(folder)
+    _sync_names(folder.parent)
+
+
+def _sync_names(folder: Path) -> None:
+    """Bring the names in `folder` to disk: a file whose name is not there is not there."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def room(run: Path, what: str, needed: int, torn: Path | None = None) -> Iterator[None]:
+    """Write `what` into `run` inside; where that fails, `torn` is removed and the cure is told.
+
+    Args:
+        needed: bytes that will be written.
+
+    Raises:
+        CheckpointError: the disk has no room for it, or refuses.
+    """
+    free = shutil.disk_usage(run).free
+    try:
+        if needed > free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+    except BaseException as error:
+        if torn is not None:
+            remove(torn)
+        # torch says RuntimeError and tokenizers Exception when a disk is full
+        if isinstance(error, ChunkFTError) or not isinstance(error, Exception):
+            raise
+        found, _ = last_whole(run)
+        raise CheckpointError(
+            f"{run}: {what} was not written, it takes {needed / GIB:.2f} GiB and "
+            f"{free / GIB:.2f} GiB were free ({type(error).__name__}: {one_line(error)}); "
+            f"{f'{found.name} is whole' if found else 'no checkpoint is there yet'}: make room, "
+            f"and go on with --resume_from_checkpoint last"
+        ) from error
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, if there is one."""
+    if folder.exists():
+        (folder / MANIFEST).unlink(missing_ok=True)  # first: half of it is none
+        shutil.rmtree(folder)
+
+
+def has_state(found: Path) -> bool:
+    """Whether a checkpoint holds more than the model."""
+    return (found / state_files.FOLDER).is_dir() or (found / OLD_STATE).is_file()
 
 
 def fault(folder: Path) -> str | None:
@@ -108,7 +171,7 @@ def to_resume(setting: str | None, run: Path) -> tuple[Path | None, list[str]]:
             f"no whole checkpoint in {run if newest else setting}: "
             f"{'; '.join(torn) or 'it holds none'}"
         )
-    if found is not None and not (found / STATE).exists():
+    if found is not None and not has_state(found):
         raise CheckpointError(
             f"{found} holds the model only (--save_only_model), no optimizer state to go on with; "
             f"start a new run with --model_name_or_path {found} and an empty --output_dir"
@@ -137,7 +200,10 @@ class Kept(NamedTuple):
 
 def kept(found: Path) -> Kept:
     """Settings of the run that wrote `found`; reads no tensor."""
-    state = torch.load(found / STATE, map_location="cpu", mmap=True, weights_only=True)
+    if (found / state_files.FOLDER).is_dir():
+        state = state_files.header(found / state_files.FOLDER)
+    else:
+        state = torch.load(found / OLD_STATE, map_location="cpu", mmap=True, weights_only=True)
     schedule, rate = state["schedule"], state["param_groups"][0].get("initial_lr")
     return Kept(
         state["steps"],
@@ -152,13 +218,18 @@ def kept(found: Path) -> Kept:
 
 
 def rotate(run: Path, keep: int | None, best: str | None) -> None:
-    """Delete the oldest whole checkpoints beyond `keep`, never the best or the newest."""
+    """Delete the oldest whole checkpoints beyond `keep`, never the best or the newest.
+
+    What a kill left of older ones goes too.
+    """
     if not keep or keep < 1:
         return
-    whole = [p for p in checkpoints(run) if (p / MANIFEST).exists()]
-    for folder in whole[:-keep]:
+    found = checkpoints(run)
+    whole = [p for p in found if (p / MANIFEST).exists()]
+    torn = [p for p in found[: found.index(whole[-1])] if p not in whole] if whole else []
+    for folder in [*torn, *whole[:-keep]]:
         if best is None or folder.resolve() != Path(best).resolve():
-            shutil.rmtree(folder)
+            remove(folder)
 
 
 def prepare_output(run: Path, found: Path | None, resuming: bool) -> None:

@@ -70,6 +70,11 @@ class ChunkArguments:
         "Weights rest on the host, or in files where --store is a directory, and visit the device "
         "layer by layer: two layers and the head are there at once.",
     )
+    memory: str | None = setting(
+        None,
+        "Memory for tensors on the device, such as 12GiB: whatever of chunks and checkpointing is "
+        "not given is chosen to fit, and an over-run is told. On a CPU it bounds the process.",
+    )
     score_samples: int = setting(
         50, "Held-out items to solve before and after, when the data is a reasoning-gym task."
     )

@@ -14,6 +14,9 @@ import torch
 
 from chunkft.core.coverage import Audit
 from chunkft.core.store import GIB
+from chunkft.memory.meter import KINDS, Measured
+from chunkft.memory.plan import Plan
+from chunkft.train import metering
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -36,6 +39,9 @@ class Outcome:
     peak_gib: float
     seconds: float
     parameters: int
+    measured: Measured | None = None
+    """What the meter saw."""
+    plan: Plan | None = None
     samples: Sequence[tuple[str, str, str, str]] = field(default_factory=list)
     """Question, reference, answer before, answer after."""
 
@@ -51,6 +57,9 @@ def write(folder: Path, outcome: Outcome) -> Path:
     lines += ["## Memory by kind", "", "| kind | GiB |", "|---|---|"]
     lines += [f"| {kind} | {size / GIB:.3f} |" for kind, size in outcome.bytes_by_kind.items()]
     lines += [f"| peak of the {_where()} | {outcome.peak_gib:.3f} |", ""]
+    if outcome.measured is not None:
+        metering.plot(folder / "memory.png", outcome.measured)
+        lines += [*_memory(outcome.measured, outcome.plan), "![memory](memory.png)", ""]
     if outcome.samples:
         lines += [
             "## Answers",
@@ -77,6 +86,8 @@ def write_metrics(folder: Path, outcome: Outcome, step_seconds: Sequence[float])
         "step_seconds": list(step_seconds),
         "peak_gib": outcome.peak_gib,
         "bytes_by_kind": outcome.bytes_by_kind,
+        "measured": None if outcome.measured is None else outcome.measured.highest,
+        "planned": None if outcome.plan is None else outcome.plan.highest,
         "parameters": outcome.parameters,
         "history": list(outcome.history),
         "samples": list(outcome.samples),
@@ -97,6 +108,29 @@ def _numbers(outcome: Outcome) -> list[str]:
     table = ["| measure | before | after |", "|---|---|---|", *rows, ""] if rows else []
     speed = f"{outcome.audit.steps} optimizer steps, {outcome.seconds:.0f} s in this session."
     return ["## Before and after", "", *table, speed, ""]
+
+
+def _memory(measured: Measured, plan: Plan | None) -> list[str]:
+    """The meter's table; the plan's figures beside it where there was one."""
+    lines = [
+        f"Metered over {metering.METERED} steps, GiB on the device:",
+        "",
+        "| kind | most | at the peak | planned |",
+        "|---|---|---|---|",
+    ]
+
+    def row(name: str, most: int, peak: int, planned: int | None) -> None:
+        told = "" if planned is None else f"{planned / GIB:.3f}"
+        lines.append(f"| {name} | {most / GIB:.3f} | {peak / GIB:.3f} | {told} |")
+
+    for kind in KINDS:
+        planned = None if plan is None else plan.highest[kind]
+        row(kind, measured.highest[kind], measured.peak.bytes[kind], planned)
+    total = None if plan is None else plan.total
+    row("total", measured.peak.total, measured.peak.total, total)
+    resting = None if plan is None else plan.resting
+    row("resting", measured.resting, measured.peak.resting, resting)
+    return [*lines, ""]
 
 
 def _coverage(audit: Audit, parameters: int) -> list[str]:

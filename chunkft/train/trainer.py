@@ -211,7 +211,12 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.seconds = time.perf_counter() - self._begin
-        self.bar.close()
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it is and go to the next line."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 class CheckpointCallback(TrainerCallback):
@@ -241,7 +246,7 @@ class CheckpointCallback(TrainerCallback):
         if self.stopped_by:
             control.should_training_stop = True
             # where an evaluation is due at the epoch's end, the resumed run must find it done
-            control.should_save |= not _due_at_the_epochs_end(args, state)
+            control.should_save = not _due_at_the_epochs_end(args, state)
             if args.save_strategy == SaveStrategy.BEST:
                 args.save_strategy = SaveStrategy.STEPS  # or no other than the best is saved
         return control

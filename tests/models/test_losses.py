@@ -41,7 +41,7 @@ def batch(ignored=5):
 @pytest.mark.parametrize("tile", [2, 4, 100])
 @pytest.mark.parametrize("rows", [(3,), (2, 4)])
 def test_gradcheck_over_tiles_and_leaves(monkeypatch, tile, rows):
-    monkeypatch.setattr(losses, "TILE", tile)
+    monkeypatch.setattr(losses, "tile_rows", lambda vocabulary: tile)
     torch.manual_seed(0)
     hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 5, dtype=torch.float64)
@@ -57,7 +57,7 @@ def test_gradcheck_over_tiles_and_leaves(monkeypatch, tile, rows):
 
 
 def test_values_are_those_of_log_softmax(monkeypatch):
-    monkeypatch.setattr(losses, "TILE", 3)
+    monkeypatch.setattr(losses, "tile_rows", lambda vocabulary: 3)
     head = torch.nn.Linear(8, VOCABULARY, bias=False)
     hidden, labels = torch.randn(10, 8), torch.randint(0, VOCABULARY, (10,))
     found, entropy, top1 = head_log_probs(hidden, head, labels)

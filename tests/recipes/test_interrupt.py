@@ -1,5 +1,6 @@
 """Stopped by a signal or killed: the resumed run ends with the uninterrupted run's bits."""
 
+import contextlib
 import os
 import random
 import re
@@ -14,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from chunkft.cli import main
-from chunkft.train.checkpoints import fault
+from chunkft.train.checkpoints import MANIFEST, fault, last_whole
 from chunkft.train.trainer import CheckpointCallback
 
-KILLS = 10
+KILLS = 20
+LEFT = "left by a kill"
 
 
 def command(model, data, out, steps, *more):
@@ -120,30 +122,49 @@ def test_what_was_trained_outlives_an_interrupted_evaluation(
 
 
 @pytest.mark.slow
-def test_kill_9_at_ten_random_moments(tiny_model, records, tmp_path):
-    steps, chance = 1200, random.Random(0)  # ten kills must fit in on a fast machine
-    whole = command(tiny_model, records, tmp_path / "whole", steps, "--save_steps", "5")
-    assert main(whole) == 0
-    words = command(tiny_model, records, tmp_path / "killed", steps)
-    words += ["--save_steps", "5", "--save_total_limit", "2", "--resume_from_checkpoint", "last"]
-    progress = []
-    for _ in range(KILLS):
+def test_kill_9_at_twenty_random_moments_of_saving(tiny_model, records, tmp_path):
+    steps, chance, run = 600, random.Random(0), tmp_path / "killed"
+    assert main(command(tiny_model, records, tmp_path / "whole", steps, "--save_steps", "5")) == 0
+    words = command(tiny_model, records, run, steps, "--save_steps", "5")
+    words += ["--save_total_limit", "1", "--resume_from_checkpoint", "last"]
+    torn, whole = 0, []
+    while len(whole) < KILLS:
         process = subprocess.Popen(
             [sys.executable, "-m", "chunkft", *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "trainable parameters" in line:  # training is about to begin
-                break
-        time.sleep(chance.uniform(0.0, 3.0))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        after = 0
+        try:
+            for _ in range(chance.randint(1, 3)):  # the last of these saves is hit
+                while process.poll() is None and (saving := being_written(run)) <= after:
+                    time.sleep(0.001)
+                after = saving
+            time.sleep(chance.uniform(0.0, 0.12))
+        finally:
+            process.kill()
+            process.wait()
         assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-        folders = (tmp_path / "killed").glob("checkpoint-*")
-        progress.append(max((int(f.name.split("-")[1]) for f in folders), default=0))
-    assert progress[-1] > progress[0], progress
+        if step := being_written(run):
+            torn += 1
+            (run / f"checkpoint-{step}" / LEFT).touch()
+        found, _ = last_whole(run)
+        if whole:
+            assert found is not None
+            assert int(found.name[11:]) >= whole[-1]
+        if found is not None:
+            whole.append(int(found.name[11:]))
+    assert torn >= KILLS // 2, f"{torn} of {KILLS} kills hit a checkpoint being written"
     assert main(words) == 0
-    assert same(tmp_path / "killed", tmp_path / "whole")
+    assert same(run, tmp_path / "whole")
+    assert not list(run.rglob(LEFT))
+
+
+def being_written(run):
+    """Step of the checkpoint that has no manifest yet, 0 if there is none."""
+    found = [0]
+    for folder in run.glob("checkpoint-*"):
+        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+            if not {MANIFEST, LEFT} & set(os.listdir(folder)):
+                found.append(int(folder.name[11:]))
+    return max(found)

@@ -1,16 +1,21 @@
 """A checkpoint is whole or it is named; nothing whole is lost."""
 
+import shutil
+
 import pytest
 
 from chunkft.errors import CheckpointError, InputError
 from chunkft.train import checkpoints
+
+STATE = "optimizer/part-00000.safetensors"
 
 
 def make(run, step, sealed=True):
     folder = run / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"weights" * 1000)
-    (folder / "optimizer.pt").write_bytes(b"state" * 1000)
+    (folder / "optimizer").mkdir()
+    (folder / STATE).write_bytes(b"state" * 1000)
     if sealed:
         checkpoints.seal(folder)
     return folder
@@ -23,7 +28,7 @@ def test_the_newest_whole_checkpoint_is_used(tmp_path):
 
 
 def truncate(folder):
-    path = folder / "optimizer.pt"
+    path = folder / STATE
     path.write_bytes(path.read_bytes()[:-1])
 
 
@@ -37,8 +42,8 @@ def flip(folder):
     [
         (lambda f: (f / checkpoints.MANIFEST).unlink(), "no manifest"),
         (lambda f: (f / checkpoints.MANIFEST).write_text("{"), "broken manifest"),
-        (lambda f: (f / "optimizer.pt").unlink(), "lost optimizer.pt"),
-        (truncate, "damaged optimizer.pt"),
+        (lambda f: (f / STATE).unlink(), f"lost {STATE}"),
+        (truncate, f"damaged {STATE}"),
         (flip, "damaged model.safetensors"),
     ],
 )
@@ -72,6 +77,7 @@ def test_rotation_counts_whole_checkpoints_only(tmp_path):
     for step in (1, 2, 3):
         make(tmp_path, step)
     make(tmp_path, 4, sealed=False)
+    make(tmp_path, 0, sealed=False)  # killed while it was deleted
     checkpoints.rotate(tmp_path, 2, best=None)
     assert [p.name for p in checkpoints.checkpoints(tmp_path)] == [
         "checkpoint-2",
@@ -142,7 +148,7 @@ def test_checkpoints_that_no_kill_explains_are_not_started_over(tmp_path):
 
 def test_a_checkpoint_of_the_model_alone_is_refused(tmp_path):
     folder = make(tmp_path, 5, sealed=False)
-    (folder / "optimizer.pt").unlink()
+    shutil.rmtree(folder / "optimizer")
     checkpoints.seal(folder)
     with pytest.raises(CheckpointError, match="save_only_model"):
         checkpoints.to_resume("last", tmp_path)
