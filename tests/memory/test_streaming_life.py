@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -109,6 +110,16 @@ def test_files_leave_nothing_behind(tmp_path: Path) -> None:
     del stream
     gc.collect()
     assert_same(model, twin)  # detached weights go on living in their mapping
+
+
+def test_a_stream_goes_with_its_model() -> None:
+    model, batch = family("llama")
+    stream = stream_weights(model)
+    train(model, batch, adamw(model, **METHODS["spread"]), 1)
+    gone, home = weakref.ref(stream.arena), weakref.ref(stream.units[0].bytes)
+    del model, stream
+    gc.collect()
+    assert gone() is None and home() is None
 
 
 # -- copies ---------------------------------------------------------------------------------------
