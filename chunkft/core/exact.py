@@ -36,11 +36,15 @@ ELEMENTWISE = tuple(
 )
 
 
-def elementwise(rule: type[torch.optim.Optimizer], kwargs: dict[str, Any]) -> bool:
-    """Whether a slice goes the same way alone as within its tensor, to the bit."""
-    # torch's fused SGD rounds otherwise in the last elements of a tensor, past the whole vectors
-    fused_sgd = rule is torch.optim.SGD and kwargs.get("fused")
-    return rule in ELEMENTWISE and not fused_sgd
+VECTORS = 64  # elements; a multiple of what one turn of torch's fused loops takes
+
+
+def cuts_of(rule: type[torch.optim.Optimizer], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Where tensors may be cut so that a slice goes the same way as within its tensor, to the bit.
+
+    A fused rule on a CPU rounds otherwise in the last elements of a tensor, past whole vectors.
+    """
+    return {"whole": rule not in ELEMENTWISE, "grain": VECTORS if kwargs.get("fused") else 1}
 
 
 class Gradients:

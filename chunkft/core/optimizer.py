@@ -24,7 +24,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from chunkft.core import coverage, resume
 from chunkft.core import groups as groups_
 from chunkft.core.checks import check_counts, check_settings
-from chunkft.core.exact import Gradients, elementwise, refuse_schedule
+from chunkft.core.exact import Gradients, cuts_of, refuse_schedule
 from chunkft.core.groups import Member
 from chunkft.core.partition import Partition, Slice, cut
 from chunkft.core.partition import Tensor as Shape
@@ -104,8 +104,8 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             Shape(name, tuple(p.shape), p.numel() * groups_.cost(p.dtype))
             for name, p in self._weights.items()
         ]
-        uncut = exact and not elementwise(optimizer_class, optimizer_kwargs)
-        self.partition: Partition = cut(costs, chunks, layout, whole=uncut)
+        cuts = cuts_of(optimizer_class, optimizer_kwargs) if exact else {}
+        self.partition: Partition = cut(costs, chunks, layout, **cuts)
         self.layout = layout
         self.schedule = Schedule(chunks, 1 if exact else interval, order, seed)
         self.store = store if isinstance(store, Store) else Store(store)

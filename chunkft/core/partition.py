@@ -15,7 +15,7 @@ saves nothing. No chunk is empty, and imbalance stays near one row per cut.
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
-from math import prod
+from math import gcd, prod
 from typing import NamedTuple, overload
 
 from chunkft.errors import PartitionError
@@ -119,8 +119,12 @@ class Partition(Sequence[Chunk]):
         return piece.rows == self.rows(piece.name)
 
 
-def cut(tensors: Sequence[Tensor], chunks: int, layout: str, whole: bool = False) -> Partition:
+def cut(
+    tensors: Sequence[Tensor], chunks: int, layout: str, whole: bool = False, grain: int = 1
+) -> Partition:
     """Cut `tensors` into `chunks` chunks; with `whole`, at their borders only.
+
+    Within a tensor cuts lie where a multiple of `grain` elements precedes them.
 
     Raises:
         PartitionError: nothing to train, chunks < 1, or more chunks than there are atoms.
@@ -135,7 +139,11 @@ def cut(tensors: Sequence[Tensor], chunks: int, layout: str, whole: bool = False
     total = sum(t.cost for t in tensors)
     whole_below = WHOLE_BELOW * total / max(chunks, 1)
     uncut = [whole or len(t.shape) < 2 or t.cost < whole_below for t in tensors]
-    atoms = [1 if one else t.rows for one, t in zip(uncut, tensors, strict=True)]
+    heights = [  # rows of an atom
+        t.rows if one else grain // gcd(grain, prod(t.shape[1:]))
+        for one, t in zip(uncut, tensors, strict=True)
+    ]
+    atoms = [-(-t.rows // height) for t, height in zip(tensors, heights, strict=True)]
     if not 1 <= chunks <= sum(atoms):
         places = (
             "tensors of this model, within which this rule allows no cut"
@@ -147,10 +155,12 @@ def cut(tensors: Sequence[Tensor], chunks: int, layout: str, whole: bool = False
             f"choose a number in that range"
         )
     deal = _stream if layout == "stream" else _spread
-    return Partition({t.name: t.shape for t in tensors}, deal(tensors, atoms, chunks))
+    return Partition({t.name: t.shape for t in tensors}, deal(tensors, atoms, heights, chunks))
 
 
-def _stream(tensors: Sequence[Tensor], atoms: list[int], chunks: int) -> list[list[Slice]]:
+def _stream(
+    tensors: Sequence[Tensor], atoms: list[int], heights: list[int], chunks: int
+) -> list[list[Slice]]:
     offsets = [0, *accumulate(t.cost for t in tensors)]  # O_i, bytes before tensor i
     firsts = [0, *accumulate(atoms)]  # atoms before tensor i
     total, cuts = offsets[-1], [0]
@@ -169,13 +179,15 @@ def _stream(tensors: Sequence[Tensor], atoms: list[int], chunks: int) -> list[li
             if firsts[i] >= high:
                 break
             start, stop = max(low - firsts[i], 0), min(high - firsts[i], atoms[i])
-            rows = tensors[i].rows if atoms[i] == 1 else 1  # rows of an atom
-            chunk.append(Slice(tensors[i].name, start * rows, stop * rows))
+            last = min(stop * heights[i], tensors[i].rows)  # the last atom may be lower
+            chunk.append(Slice(tensors[i].name, start * heights[i], last))
         result.append(chunk)
     return result
 
 
-def _spread(tensors: Sequence[Tensor], atoms: list[int], chunks: int) -> list[list[Slice]]:
+def _spread(
+    tensors: Sequence[Tensor], atoms: list[int], heights: list[int], chunks: int
+) -> list[list[Slice]]:
     result: list[list[Slice]] = [[] for _ in range(chunks)]
     filled = [0.0] * chunks
     # Largest atoms first: what follows is small enough to even out what came before. An empty
@@ -186,9 +198,9 @@ def _spread(tensors: Sequence[Tensor], atoms: list[int], chunks: int) -> list[li
         least, extra = divmod(atoms[i], parts)
         emptiest = sorted(range(chunks), key=lambda k: (filled[k], k))
         generous = set(emptiest[:extra])  # these get one atom more
-        start, rows = 0, tensor.rows // atoms[i]
+        start = 0
         for k in sorted(emptiest[:parts]):
-            stop = start + (least + (k in generous)) * rows
+            stop = min(start + (least + (k in generous)) * heights[i], tensor.rows)
             result[k].append(Slice(tensor.name, start, stop))
             filled[k] += (stop - start) * tensor.row_cost
             start = stop

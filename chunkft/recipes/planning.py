@@ -51,7 +51,7 @@ def trial_of(config: PretrainedConfig, load: Workload) -> Callable[[Choice], Dry
                 config, dtype=load.dtype, attn_implementation=load.attention
             ).train()
             if choice.checkpointing:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+                model.activation_checkpointing_enable({"use_reentrant": False})
             settings: dict[str, Any] = {"chunks": choice.chunks, "exact": choice.method == "exact"}
             if choice.method != "exact":
                 settings |= {"interval": choice.interval, "layout": choice.layout}

@@ -25,10 +25,12 @@ from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.core.store import GIB
 from chunkft.data.packing import check_isolation
 from chunkft.errors import InputError, as_input_error
+from chunkft.memory.plan import Plan
 from chunkft.memory.streaming import WeightStream, stream_weights
 from chunkft.models.load import load_model
 from chunkft.models.losses import install_head
 from chunkft.recipes import judging
+from chunkft.recipes.fitting import fit
 from chunkft.recipes.job import Job
 from chunkft.recipes.records import Data, check_raw, check_tokenized, load_data
 from chunkft.train import checkpoints, report
@@ -39,6 +41,7 @@ from chunkft.train.config import (
     choose_rotation,
     longest_visit,
 )
+from chunkft.train.metering import MeterCallback, overruns
 from chunkft.train.saving import StreamingTrainer
 from chunkft.train.trainer import (
     CheckpointCallback,
@@ -96,10 +99,12 @@ def run(job: Job) -> int:
         print("warning: --completion_only_loss without effect: the records have no completion")
     with as_input_error("building the trainer"):
         trainer = _build_trainer(job, data, model, tokenizer)
-        optimizer = _build_chunks(job, trainer, found)
+        optimizer, planned = _build_chunks(job, trainer, found)
     saves = CheckpointCallback(out, args.save_total_limit)
     watching = RunCallback(optimizer, trainer.tokens_seen)
     watch(trainer, watching, saves)
+    meter = MeterCallback(model, optimizer, model.config.get_text_config().vocab_size)
+    trainer.add_callback(meter)
 
     undo_head = install_head(model)
     with as_input_error("the first forward passes"):
@@ -134,11 +139,16 @@ def run(job: Job) -> int:
         peak_gib=peak_memory_gib(),
         seconds=watching.seconds,
         parameters=sum(optimizer.partition.sizes()),
+        measured=meter.measured,
+        plan=planned,
         samples=judging.samples(data, answers, solved),
     )
     path = report.write(out, outcome)
     report.write_metrics(out, outcome, watching.step_seconds)
     report.tell(outcome, path)
+    if planned is not None and meter.measured is not None:
+        for line in overruns(meter.measured, planned):
+            print(f"warning: more than planned: {line}")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=job.script.dataset_name)
     trainer.end()  # the trackers
@@ -232,13 +242,17 @@ def _build_trainer(job: Job, data: Data, model: PreTrainedModel, tokenizer: Any)
     return trainer
 
 
-def _build_chunks(job: Job, trainer: ChunkSFTTrainer, found: Path | None) -> ChunkedOptimizer:
+def _build_chunks(
+    job: Job, trainer: ChunkSFTTrainer, found: Path | None
+) -> tuple[ChunkedOptimizer, Plan | None]:
     """The optimizer; what nobody set comes from the checkpoint `found`, else from our rules."""
     args, steps = trainer.args, planned_steps(trainer)
     kept = checkpoints.kept(found) if found else None
     if kept:
         _take_over(job, kept)
-    rotation = _rotation(job, trainer, steps, kept)
+    rotation, planned = _rotation(job, trainer, steps, kept), None
+    if job.chunk.memory is not None:
+        rotation, planned = fit(job, trainer, rotation, steps, resuming=kept is not None)
     if job.chunk.method == "chunk" and "learning_rate" not in job.given:
         args.learning_rate = choose_learning_rate(rotation.chunks, job.chunk.layout)
     if kept and kept.learning_rate is not None:
@@ -260,7 +274,7 @@ def _build_chunks(job: Job, trainer: ChunkSFTTrainer, found: Path | None) -> Chu
         f"learning rate {trainer.args.learning_rate:.2e}",
         flush=True,
     )
-    return optimizer
+    return optimizer, planned
 
 
 def _take_over(job: Job, kept: checkpoints.Kept) -> None:
