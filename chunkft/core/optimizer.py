@@ -433,21 +433,14 @@ class ChunkedOptimizer(torch.optim.Optimizer):
                 yield resume.part((piece,), self._book, kept)
 
     def _header(self) -> dict[str, Any]:
-        return {
-            "format": resume.FORMAT,
-            "steps": self._steps,
-            "schedule": dict(self.schedule.__dict__),
-            "layout": self.layout,
-            "rule": type(self._rule.inner).__name__,
-            "moments": self.moments,
-            "exact": self.exact,
-            "shapes": {name: list(shape) for name, shape in self.partition.shapes.items()},
-            "partition": [[list(piece) for piece in chunk] for chunk in self.partition],
-            "param_groups": [
-                {**{k: v for k, v in group.items() if k != "params"}, "params": names}
-                for group, names in zip(self.param_groups, self._names_by_group(), strict=True)
-            ],
-        }
+        return resume.header(
+            *(self.partition, self.schedule, self.param_groups, self._names_by_group()),
+            steps=self._steps,
+            layout=self.layout,
+            rule=type(self._rule.inner).__name__,
+            moments=self.moments,
+            exact=self.exact,
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken: to the bit with the same chunks and schedule.

@@ -44,6 +44,27 @@ class Saved(NamedTuple):
     values: dict[Slice, dict[str, Any]]
 
 
+def header(
+    partition: Partition,
+    schedule: Schedule,
+    groups: Sequence[Mapping[str, Any]],
+    names: Sequence[Sequence[str]],
+    **settings: Any,
+) -> dict[str, Any]:
+    """What a saved state says beside the state of its parameters."""
+    return {
+        "format": FORMAT,
+        "schedule": dict(schedule.__dict__),
+        "shapes": {name: list(shape) for name, shape in partition.shapes.items()},
+        "partition": [[list(piece) for piece in chunk] for chunk in partition],
+        "param_groups": [
+            {**{k: v for k, v in group.items() if k != "params"}, "params": members}
+            for group, members in zip(groups, names, strict=True)
+        ],
+        **settings,
+    }
+
+
 def part(chunk: Chunk, book: Book, kept: State) -> SavedState:
     """The slices of `chunk` with their values, as a piece of the saved state."""
     values: dict[Slice, dict[str, Any]] = {}

@@ -128,7 +128,7 @@ def test_kill_9_at_twenty_random_moments_of_saving(tiny_model, records, tmp_path
     words = command(tiny_model, records, run, steps, "--save_steps", "5")
     words += ["--save_total_limit", "1", "--resume_from_checkpoint", "last"]
     torn, whole = 0, []
-    while len(whole) < KILLS:
+    while torn < KILLS:
         process = subprocess.Popen(
             [sys.executable, "-m", "chunkft", *words],
             stdout=subprocess.DEVNULL,
@@ -149,12 +149,10 @@ def test_kill_9_at_twenty_random_moments_of_saving(tiny_model, records, tmp_path
             torn += 1
             (run / f"checkpoint-{step}" / LEFT).touch()
         found, _ = last_whole(run)
-        if whole:
-            assert found is not None
-            assert int(found.name[11:]) >= whole[-1]
-        if found is not None:
-            whole.append(int(found.name[11:]))
-    assert torn >= KILLS // 2, f"{torn} of {KILLS} kills hit a checkpoint being written"
+        assert found is not None or not whole
+        whole += [int(found.name[11:])] if found else []
+    assert whole == sorted(whole)
+    assert len(whole) > KILLS // 2  # the first kills may come before the first save's end
     assert main(words) == 0
     assert same(run, tmp_path / "whole")
     assert not list(run.rglob(LEFT))
