@@ -90,8 +90,9 @@ class Arena:
         slot = self._find(unit)
         if slot is None:
             slot = min(self.slots, key=lambda s: s.used)
-            self._assign(slot, unit)
+            self._empty(slot)
             self._fill(slot, unit)
+            self._let(slot, unit)
         slot.wait()
         self._clock += 1
         slot.used = self._clock
@@ -101,8 +102,9 @@ class Arena:
         """Start bringing `unit` to the slot that was not used last."""
         if self._find(unit) is None:
             slot = min(self.slots, key=lambda s: s.used)
-            self._assign(slot, unit)
+            self._empty(slot)
             slot.coming = self._clerk.submit(self._fill, slot, unit)
+            self._let(slot, unit)
 
     def left(self, slot: Slot) -> None:
         """Kernels that read `slot` have all been launched."""
@@ -112,7 +114,7 @@ class Arena:
     def forget(self) -> None:
         """Empty the slots: the weights may have changed at home."""
         for slot in self.slots:
-            self._assign(slot, None)
+            self._empty(slot)
 
     def close(self) -> None:
         self.forget()
@@ -124,14 +126,16 @@ class Arena:
     def _find(self, unit: Unit) -> Slot | None:
         return next((slot for slot in self.slots if slot.unit is unit), None)
 
-    def _assign(self, slot: Slot, unit: Unit | None) -> None:
+    def _empty(self, slot: Slot) -> None:
+        slot.unit = None
         if slot.coming is not None:
-            slot.coming.result()
+            slot.coming.exception()  # done; whether it failed is nobody's matter any more
             slot.coming = None
-        slot.unit = unit
-        if unit is not None:
-            self.copied += unit.nbytes
-            self.peak = max(self.peak, sum(held.nbytes for held in self.held))
+
+    def _let(self, slot: Slot, unit: Unit) -> None:
+        slot.unit = unit  # last of all: an interrupted copy must not be taken for a whole one
+        self.copied += unit.nbytes
+        self.peak = max(self.peak, sum(held.nbytes for held in self.held))
 
     def _fill(self, slot: Slot, unit: Unit) -> None:
         source, room = unit.bytes, slot.bytes[: unit.nbytes]

@@ -179,6 +179,11 @@ def _check(job: Job) -> None:
             "--stream_weights with --use_peft: adapters are put around layers, which would visit "
             "the device without them; leave one of the two out"
         )
+    if job.chunk.stream_weights and job.chunk.memory is not None:
+        raise InputError(
+            f"--memory {job.chunk.memory} with --stream_weights: the plan counts weights that stay "
+            f"on the device; leave --memory out and choose --chunks"
+        )
     if not job.model.use_peft and (job.model.load_in_4bit or job.model.load_in_8bit):
         raise InputError(
             "--load_in_4bit and --load_in_8bit freeze the weights, so there is nothing to train; "

@@ -64,7 +64,7 @@ def test_never_more_than_two_layers_and_the_head(name: str, method: str) -> None
         home = {x.untyped_storage().data_ptr() for one in stream.units for x in one.homes}
         away = [p for p in model.parameters() if p.untyped_storage().data_ptr() not in home]
         seen.append(size(p for p in away if stream.home(p) is None))
-        seen[-1] += sum(one.nbytes for one in self.held)
+        seen[-1] += sum(one.nbytes for one in {*self.held, unit})
         fill(self, slot, unit)
 
     optimizer = adamw(model, **METHODS[method])
@@ -246,6 +246,30 @@ def test_an_exception_inside_a_layer_leaves_all_at_home() -> None:
     assert all(map(torch.equal, gradients(streamed, streamed(X).square().sum()), expected))
     assert at_home(stream)
     assert_same(streamed, resident)
+
+
+@pytest.mark.parametrize("call", range(1, 13))
+def test_a_copy_that_fails_is_never_read(call: int) -> None:
+    """On its way ahead or when it is needed, in forward or backward."""
+    resident, streamed = stacks("layer")
+    stream = stream_weights(streamed)
+    fill, count = Arena._fill, iter(range(1, 1000))
+
+    def failing(self: Arena, slot: Slot, unit: Unit) -> None:
+        if next(count) == call:
+            raise OSError("bus error")
+        fill(self, slot, unit)
+
+    expected = gradients(resident, resident(X).square().sum())
+    with patch.object(Arena, "_fill", failing):
+        try:
+            found = gradients(streamed, streamed(X).square().sum())
+            assert all(map(torch.equal, found, expected))  # it came ahead and was never needed
+        except OSError:
+            streamed.zero_grad()
+        found = gradients(streamed, streamed(X).square().sum())
+    assert all(map(torch.equal, found, expected))
+    assert at_home(stream)
 
 
 def test_a_layer_called_by_itself() -> None:
