@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from chunkft.core.optimizer import ChunkedOptimizer
-from chunkft.core.store import GIB
+from chunkft.core.store import GIB, Store
 from chunkft.errors import InputError, as_input_error
 from chunkft.memory.budget import DEVICES, Device, device_of, parse_bytes, smallest_of
 from chunkft.memory.dry_run import DryRun, dry_run, fake
@@ -42,7 +42,15 @@ class Workload:
     attention: str = "sdpa"
 
 
-def trial_of(config: PretrainedConfig, load: Workload) -> Callable[[Choice], DryRun]:
+class _Host(Store):
+    """Where a dry run puts what rests beside a card: fake tensors are all on the CPU."""
+
+    def room(self, key: str, like: torch.Tensor) -> torch.Tensor:
+        self._rooms[key] = torch.empty_like(like)
+        return self._rooms[key]
+
+
+def trial_of(config: PretrainedConfig, load: Workload, on_host: bool) -> Callable[[Choice], DryRun]:
     """A dry run of the model of `config` under a choice of settings."""
 
     def trial(choice: Choice) -> DryRun:
@@ -55,8 +63,9 @@ def trial_of(config: PretrainedConfig, load: Workload) -> Callable[[Choice], Dry
             settings: dict[str, Any] = {"chunks": choice.chunks, "exact": choice.method == "exact"}
             if choice.method != "exact":
                 settings |= {"interval": choice.interval, "layout": choice.layout}
+            settings |= {"store": Store() if on_host else _Host(), "max_grad_norm": 1.0}
             optimizer = ChunkedOptimizer(
-                model, load.rule, max_grad_norm=1.0, **settings, **(load.kwargs or {"lr": 1e-5})
+                model, load.rule, **settings, **(load.kwargs or {"lr": 1e-5})
             )
             install_head(model)
             ids = torch.zeros(load.batch, load.seq, dtype=torch.long)
@@ -125,7 +134,7 @@ def plan(
     Raises:
         DoesNotFitError: there are none.
     """
-    return make_plan(trial_of(config, load), start, limits, device, free)
+    return make_plan(trial_of(config, load, device.bus == 0), start, limits, device, free)
 
 
 def as_text(found: Plan, name: str, load: Workload) -> str:
