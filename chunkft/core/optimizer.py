@@ -389,7 +389,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         if self._gradients is not None:
             self._gradients.detach()
         elif self._active is not None:
-            self._rule.retire(self._active)
+            self._rule.retire(self._active, resting=False)
         self._working_set.detach()
         self._attached, self._active = False, None
 
@@ -480,7 +480,8 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             groups_.copy_settings(loaded, group)
         for k, state in states:
             if state:
-                self.store.put(str(k), resume.to_device(state, self._working_set.device_of))
+                moved = resume.to_device(state, self._working_set.device_of)
+                self.store.put(str(k), moved, resting=k != self.active)
         # a visit begins here unless the saved run was in the middle of one
         visit_begins = (self._steps - start) % self.schedule.interval == 0
         self._attach(self.active, new_visit=visit_begins and start != saved.schedule.start)

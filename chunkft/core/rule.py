@@ -123,12 +123,12 @@ class Rule:
             leaf.written()
         self.note_versions()
 
-    def retire(self, key: int) -> None:
-        """Move the state of the awake leaves to the store."""
+    def retire(self, key: int, resting: bool = True) -> None:
+        """Move the state of the awake leaves to the store; `resting` as in `Store.put`."""
         state = self.state()
         self.forget()
         if state:
-            self.store.put(str(key), state)
+            self.store.put(str(key), state, resting)
 
     def forget(self) -> None:
         for held in (self.inner.state, self._masters, self._asleep):

@@ -29,7 +29,11 @@ ALIGN = 64  # bytes; keeps every tensor in a slab aligned for vector loads
 
 
 class Codec(Protocol):
-    """Turns a state into what rests, and back (8-bit moments, say)."""
+    """Turns a state into what rests, and back (8-bit moments, say).
+
+    What `decode` returns must come back from `encode` and `decode` as it is: states are saved and
+    loaded decoded. A state that was never encoded passes `decode` as it is.
+    """
 
     def encode(self, state: State) -> State: ...
     def decode(self, state: State) -> State: ...
@@ -64,9 +68,14 @@ class Store:
                     f"store={str(kind)!r}: {e.strerror}; name a writable directory"
                 ) from e
 
-    def put(self, key: str, state: State) -> None:
-        """Keep `state`; the caller must not write to its tensors afterwards."""
-        if self.codec:
+    def put(self, key: str, state: State, resting: bool = True) -> None:
+        """Keep `state`; the caller must not write to its tensors afterwards.
+
+        Args:
+            resting: False in the middle of a visit, which goes on with the state as it is: the
+                codec, which may round, is not asked.
+        """
+        if self.codec and resting:
             state = self.codec.encode(state)
         slab = self._slab_for(key, state)
         self._kept[key] = state if slab is None else slab.write(state)
@@ -81,7 +90,7 @@ class Store:
         return self.codec.decode(state) if self.codec else dict(state)
 
     def look(self, key: str) -> State | None:
-        """The state of `key` where it rests, nothing copied: read it before the next `put`."""
+        """The state of `key` where it rests, copied only by a codec; read it before the next `put`."""
         state, slab = self._kept.get(key), self._slabs.get(key)
         if slab is not None and slab.stream is not None:
             slab.stream.synchronize()  # the write may be under way

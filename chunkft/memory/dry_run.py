@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from chunkft.core.optimizer import ChunkedOptimizer
-from chunkft.core.store import nbytes
+from chunkft.core.partition import Slice
+from chunkft.core.store import State, nbytes
 from chunkft.memory.meter import Measured, Meter
 
 aten: Any = torch.ops.aten
@@ -128,12 +129,22 @@ def dry_run(
     if optimizer.exact:
         resting = float(optimizer.store.nbytes)
     else:
-        entries = [entry for saved in optimizer.state_dict()["state"].values() for entry in saved]
-        resting = nbytes(value for entry in entries for value in entry["values"].values())
-        resting *= sum(sizes) / sum(sizes[k] for k in set(chunks))
+        resting = _resting(optimizer) * sum(sizes) / sum(sizes[k] for k in set(chunks))
         if len(sizes) == 1:  # it never rests
             resting = 0.0
     return DryRun(found, flops, resting, max(sizes), sum(sizes), away.most)
+
+
+def _resting(optimizer: ChunkedOptimizer) -> float:
+    """Bytes of the state that there is, the active chunk's too, if all of it rested."""
+    state, codec = optimizer.state_dict()["state"], optimizer.store.codec
+    kept: State = {
+        (Slice(name, entry["start"], entry["stop"]), key): value
+        for name, entries in state.items()
+        for entry in entries
+        for key, value in entry["values"].items()
+    }
+    return float(nbytes((codec.encode(kept) if codec else kept).values()))
 
 
 class _Away:

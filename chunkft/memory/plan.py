@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from chunkft.core.store import GIB
+from chunkft.core.store import GIB, Store
 from chunkft.errors import ChunkFTError
 from chunkft.memory.budget import HOST_BANDWIDTH, Device
 from chunkft.memory.dry_run import DryRun
+from chunkft.memory.eight_bit import EightBitMoments
 from chunkft.memory.meter import KINDS, Reading
 
 MOVING = ("gradient", "master", "state", "workspace")  # kinds that go with the chunk
@@ -51,6 +52,8 @@ class Choice:
     checkpointing: bool = False
     offload: bool = False
     """Inputs of checkpointed layers wait on the host."""
+    state_bits: int = 32
+    """Of resting moments: 32 or 8."""
 
 
 Trial = Callable[[Choice], DryRun]
@@ -81,15 +84,17 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """Keyword arguments of ChunkedOptimizer."""
         choice = self.choice
-        if choice.method == "exact":
-            return {"chunks": choice.chunks, "store": choice.store, "exact": True}
         if choice.method == "full":
             return {"chunks": 1, "interval": 1}
+        eight = choice.state_bits == 8
+        store = Store(choice.store, EightBitMoments()) if eight else choice.store
+        if choice.method == "exact":
+            return {"chunks": choice.chunks, "store": store, "exact": True}
         return {
             "chunks": choice.chunks,
             "interval": choice.interval,
             "layout": choice.layout,
-            "store": choice.store,
+            "store": store,
         }
 
 

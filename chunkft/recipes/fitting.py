@@ -44,6 +44,7 @@ def fit(
         settings.store,
         checkpointing,
         bool(getattr(args, "activation_offloading", False)),
+        settings.state_bits,
     )
     if settings.method == "exact":  # slices in the model's order
         start = replace(start, layout="stream")

@@ -17,6 +17,7 @@ from chunkft.core.store import GIB, Store
 from chunkft.errors import InputError, as_input_error
 from chunkft.memory.budget import DEVICES, Device, device_of, parse_bytes, smallest_of
 from chunkft.memory.dry_run import DryRun, dry_run, fake
+from chunkft.memory.eight_bit import EightBitMoments
 from chunkft.memory.plan import Choice, DoesNotFitError, Limits, Plan, make_plan
 from chunkft.models.losses import install_head, is_plain_head
 from chunkft.models.shapes import config_of
@@ -63,7 +64,9 @@ def trial_of(config: PretrainedConfig, load: Workload, on_host: bool) -> Callabl
             settings: dict[str, Any] = {"chunks": choice.chunks, "exact": choice.method == "exact"}
             if choice.method != "exact":
                 settings |= {"interval": choice.interval, "layout": choice.layout}
-            settings |= {"store": Store() if on_host else _Host(), "max_grad_norm": 1.0}
+            codec = EightBitMoments() if choice.state_bits == 8 else None
+            store = Store(codec=codec) if on_host else _Host(codec=codec)
+            settings |= {"store": store, "max_grad_norm": 1.0}
             optimizer = ChunkedOptimizer(
                 model, load.rule, **settings, **(load.kwargs or {"lr": 1e-5})
             )
@@ -104,7 +107,9 @@ def run(options: argparse.Namespace) -> int:
     )
     load = Workload(options.seq, options.batch, options.accumulation, getattr(torch, options.dtype))
     start = Choice(options.method, options.chunks or FEWEST_CHUNKS, options.interval)
-    start = replace(start, layout=options.layout, store=options.store)
+    start = replace(
+        start, layout=options.layout, store=options.store, state_bits=options.state_bits
+    )
     if options.method == "full":
         start = replace(start, chunks=1)
     free = ("checkpointing", "offload") if options.chunks else FREE
@@ -151,6 +156,7 @@ def as_text(found: Plan, name: str, load: Workload) -> str:
     words = [f"--method {choice.method}"]
     if choice.method != "full":
         words.append(f"--chunks {choice.chunks} --store {choice.store}")
+        words += ["--state_bits 8"] if choice.state_bits == 8 else []
     if choice.method == "chunk":
         words.append(f"--layout {choice.layout} --interval {choice.interval}")
     words.append(f"--gradient_checkpointing {str(choice.checkpointing).lower()}")
@@ -161,5 +167,7 @@ def as_text(found: Plan, name: str, load: Workload) -> str:
 def as_json(found: Plan, name: str, load: Workload) -> str:
     """The plan for programs; amounts in bytes."""
     told = asdict(found) | {"total": found.total, "model": name, "fits": True}
-    told |= {"seq": load.seq, "batch": load.batch, "settings": found.settings}
+    # a store with a codec is no JSON, and would make its directory
+    plain = replace(found, choice=replace(found.choice, state_bits=32)).settings
+    told |= {"seq": load.seq, "batch": load.batch, "settings": plain}
     return json.dumps(told, indent=1)

@@ -189,7 +189,9 @@ def _check(job: Job) -> None:
             "--load_in_4bit and --load_in_8bit freeze the weights, so there is nothing to train; "
             "leave them out, or add --use_peft --method full"
         )
-    idle = {"chunk": set[str](), "exact": SCHEDULE, "full": SCHEDULE | {"chunks"}}[method]
+    idle = {"chunk": set[str](), "exact": SCHEDULE, "full": SCHEDULE | {"chunks", "state_bits"}}[
+        method
+    ]
     if idle & job.given:
         names = " ".join(f"--{name}" for name in sorted(idle & job.given))
         print(f"warning: {names} without effect: --method {method} trains all weights every step")
@@ -329,6 +331,7 @@ def _settings(job: Job, optimizer: ChunkedOptimizer) -> dict[str, Any]:
         "chunks": optimizer.schedule.chunks,
         **rotation,
         "store": job.chunk.store,
+        "state_bits": job.chunk.state_bits,
         "stream_weights": job.chunk.stream_weights,
         "optim": str(getattr(args.optim, "value", args.optim)),
         "learning_rate": args.learning_rate,

@@ -65,6 +65,12 @@ class ChunkArguments:
         choices=["persist", "reset", "decay"],
     )
     store: str = setting("host", "Where resting state lives: host, device, or a directory on disk.")
+    state_bits: int = setting(
+        32,
+        "8: moments rest block-wise in 8 bits, rounded stochastically, and work in fp32: of a bf16 "
+        "model under AdamW 4 bytes an element instead of 10.",
+        choices=[32, 8],
+    )
     stream_weights: bool = setting(
         False,
         "Weights rest on the host, or in files where --store is a directory, and visit the device "

@@ -29,8 +29,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
 from chunkft.core.optimizer import ChunkedOptimizer
-from chunkft.core.store import GIB
+from chunkft.core.store import GIB, Store
 from chunkft.errors import ChunkFTError, InputError, UnsupportedError
+from chunkft.memory.eight_bit import EightBitMoments
 from chunkft.train import checkpoints
 from chunkft.train.config import ChunkArguments, Rotation, choose_moments, refuse_optimizer
 
@@ -115,7 +116,7 @@ def build_optimizer(
         cls,
         groups=groups,
         chunks=rotation.chunks,
-        store=settings.store,
+        store=Store(settings.store, EightBitMoments() if settings.state_bits == 8 else None),
         max_grad_norm=args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None,
         **schedule,
         **kwargs,
