@@ -90,7 +90,7 @@ class Store:
         return self.codec.decode(state) if self.codec else dict(state)
 
     def look(self, key: str) -> State | None:
-        """The state of `key` where it rests, copied only by a codec; read it before the next `put`."""
+        """The state of `key` where it rests, read before the next `put`; only a codec copies it."""
         state, slab = self._kept.get(key), self._slabs.get(key)
         if slab is not None and slab.stream is not None:
             slab.stream.synchronize()  # the write may be under way
