@@ -59,7 +59,9 @@ def trial_of(config: PretrainedConfig, load: Workload, on_host: bool) -> Callabl
                 config, dtype=load.dtype, attn_implementation=load.attention
             ).train()
             if choice.checkpointing:
-                model.activation_checkpointing_enable({"use_reentrant": False})
+                # transformers before 5.23 has the older name only
+                newer = getattr(model, "activation_checkpointing_enable", None)
+                (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
             settings: dict[str, Any] = {"chunks": choice.chunks, "exact": choice.method == "exact"}
             if choice.method != "exact":
                 settings |= {"interval": choice.interval, "layout": choice.layout}
