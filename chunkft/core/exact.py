@@ -62,6 +62,7 @@ class Gradients:
         self.weights, self.store = weights, store
         self.stand_ins = {name: _hollow(weight) for name, weight in weights.items()}
         self._rooms: dict[str, Tensor | None] = {}
+        self._devices: dict[str, torch.device] = {}  # where backward makes them
         self._handles: list[Any] = []
         self._stream: torch.cuda.Stream | None = None
         self._sent: torch.Event | None = None
@@ -93,6 +94,7 @@ class Gradients:
         stand_in = self.stand_ins[name]
         if name not in self._rooms:
             self._rooms[name] = self.store.room(f"gradient-{len(self._rooms)}", gradient)
+        self._devices[name] = gradient.device
         room, held = self._rooms[name], stand_in.grad
         if room is None:
             total = gradient if held is None else held.add_(gradient)
@@ -108,9 +110,11 @@ class Gradients:
         """Norm of all gradients in fp32, divided by `scale`: torch's, in the model's order."""
         self._settle()
         norms: list[Tensor] = []
-        for stand_in in self.stand_ins.values():
+        for name, stand_in in self.stand_ins.items():
             if stand_in.grad is not None:
-                wide = _widened(stand_in.grad)
+                # summed up where a dense step would: the bus is faster than the host's cores, and
+                # another kernel would round otherwise
+                wide = _widened(stand_in.grad.to(self._devices[name], non_blocking=True))
                 if scale is not None:
                     wide = wide * scale.double().reciprocal().to(wide)
                 norms.append(get_total_norm([wide]))
