@@ -1,8 +1,8 @@
 """Where the state of resting chunks lives: device, host or disk.
 
-State moves at a switch of chunks, never at a step. A chunk's tensors are laid into one flat slab of
-bytes: pinned host memory beside a CUDA model, a memory-mapped file on disk. On "device", and on
-"host" beside a CPU model, they simply stay where they are.
+State moves at a switch of chunks; with `block` in every step. A chunk's tensors, or a block's, are
+laid into one flat slab of bytes: pinned host memory beside a CUDA model, a memory-mapped file on
+disk. On "device", and on "host" beside a CPU model, they simply stay where they are.
 
 On CUDA a side stream copies, with events both ways: write-back overlaps the next forward, and
 `prefetch` brings the next chunk during the last step of this one. 7B, K=64: 1.3 GB each way a
@@ -44,12 +44,19 @@ class Store:
     Args:
         kind: "device", "host", or the path of a directory for memory-mapped slabs.
         codec: applied on the way in and out, on the device; None keeps states as they are.
+        block: elements; None lets the state of the active chunk stay on the device. A number lets
+            it rest between steps too and visit in parts of that many: less memory, more traffic.
 
     Raises:
-        InputError: the directory cannot be created or written.
+        InputError: the directory cannot be created or written, or block < 1.
     """
 
-    def __init__(self, kind: str | Path = "host", codec: Codec | None = None):
+    def __init__(
+        self, kind: str | Path = "host", codec: Codec | None = None, block: int | None = None
+    ):
+        if block is not None and block < 1:
+            raise InputError(f"block={block} must be at least 1 element")
+        self.block = block
         self.kind = "disk" if str(kind) not in ("device", "host") else str(kind)
         self.codec = codec
         self._slabs: dict[str, Slab] = {}
