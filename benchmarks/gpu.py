@@ -31,6 +31,7 @@ Row = dict[str, Any]
 LEAST, MOST = 25.0, 180.0  # seconds: less is no use to a case, and more no case may take
 NO_TIME = "no time left"
 LEAN: Row = {"chunks": 128, "block": 4 * 2**20, "offload": True}
+LARGE: Row = {**LEAN, "chunks": 256, "few": 1, "steps": 1}
 FAST: Row = {"chunks": 64, "checkpointing": False}
 STREAMED: Row = {**LEAN, "streamed": True}
 CASES = [
@@ -39,7 +40,7 @@ CASES = [
     Case("llama-2-7b", 1, "chunk", **FAST),
     Case("llama-3-8b", 1, "chunk", **LEAN),
     Case("llama-3-8b", 1, "chunk", **STREAMED),
-    Case("llama-3-70b", 1, "chunk", **LEAN | {"chunks": 256}, few=1, steps=1),
+    Case("llama-3-70b", 1, "chunk", **LARGE),
     Case("llama-2-7b", 1, "lora", checkpointing=False),
     Case("llama-2-7b", 8, "chunk"),
     Case("llama-2-7b", 8, "chunk", **STREAMED),

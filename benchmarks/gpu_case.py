@@ -9,7 +9,7 @@ transformers are enough; peft and bitsandbytes serve the rows named after them.
                appendix B; N without the input embedding) over seconds over the card's dense bf16
                FLOP/s: what dense training without recomputation would need, whatever the method did
     hfu        the FLOPs that the step took, recomputation too, counted in the plan's dry run
-    allocated, reserved, process   peaks since the model was built; `chunkft.memory.budget.card_peaks`
+    allocated, reserved, process   `chunkft.memory.budget.card_peaks`, since the model was built
     pinned     page-locked host memory: resting state, weights at home, and torch's own
 """
 
