@@ -61,6 +61,7 @@ class Gradients:
         self.weights, self.store = weights, store
         self.stand_ins = {name: _hollow(weight) for name, weight in weights.items()}
         self._rooms: dict[str, Tensor | None] = {}
+        self._devices: dict[str, torch.device] = {}  # where backward makes them
         self._handles: list[Any] = []
         self._stream: torch.cuda.Stream | None = None
         self._sent: torch.Event | None = None
@@ -92,6 +93,7 @@ class Gradients:
         stand_in = self.stand_ins[name]
         if name not in self._rooms:
             self._rooms[name] = self.store.room(f"gradient-{len(self._rooms)}", gradient)
+        self._devices[name] = gradient.device
         room, held = self._rooms[name], stand_in.grad
         if room is None:
             total = gradient if held is None else held.add_(gradient)
@@ -106,7 +108,13 @@ class Gradients:
     def norm(self, scale: Tensor | None) -> Tensor:
         """Norm of all gradients in fp32, divided by `scale`, in the model's order."""
         self._settle()
-        gradients = (x.grad for x in self.stand_ins.values() if x.grad is not None)
+        gradients = (
+            # summed up where a dense step would: the bus is faster than the host's cores, and
+            # another kernel would round otherwise
+            x.grad.to(self._devices[name], non_blocking=True)
+            for name, x in self.stand_ins.items()
+            if x.grad is not None
+        )
         return precision.total_norm(gradients, scale)
 
     def names(self) -> set[str]:

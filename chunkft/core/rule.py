@@ -83,7 +83,7 @@ class Rule:
             if revive is not None:
                 values = revive(piece, values)
             if values:
-                self.inner.state[leaf.tensor] = values
+                self.inner.state[leaf.tensor] = self._counting(leaf, values)
         self.note_versions()
         self.place()
 
@@ -232,6 +232,22 @@ class Rule:
         for key, value in (state or {}).items():
             if isinstance(value, Tensor) and value.dim() > 0:
                 cast("dict[str, Any]", state)[key] = value.to(device)
+        if state:
+            state.update(self._counting(leaf, state))
+
+    def _counting(self, leaf: Leaf, values: Values) -> Values:
+        """`values` with its step counts where the rule counts, as torch's own load_state_dict does.
+
+        A fused or capturable kernel reads them on the device; a checkpoint has them on the host.
+        """
+        group = self.inner.param_groups[self.groups[leaf.piece.name]]
+        if not (group.get("fused") or group.get("capturable")):
+            return values
+        device = leaf.tensor.device
+        return {
+            name: value.to(device) if isinstance(value, Tensor) and value.dim() == 0 else value
+            for name, value in values.items()
+        }
 
     def note_versions(self) -> None:
         for piece, leaf in self.leaves.items():
