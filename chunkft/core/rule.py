@@ -120,7 +120,7 @@ class Rule:
         Raises:
             UnsupportedError: a rule that counts its steps in the group would count each of them.
         """
-        before = groups_.settings_of(outer_groups)
+        before = groups_.settings_of(outer_groups) if in_parts else []
         pairs = list(zip(self.inner.param_groups, outer_groups, strict=True))
         for inner, outer in pairs:
             groups_.copy_settings(outer, inner)
