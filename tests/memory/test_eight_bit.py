@@ -282,11 +282,19 @@ RULES: dict[str, Any] = {
     "disk": {"disk": True},
     "exact disk": {"disk": True, "exact": True},
     "exact sgd": {"exact": True, "rule": optim.SGD, "momentum": 0.9},
+    "blocks": {"block": 300},
+    "blocks reset": {"block": 300, "moments": "reset"},
+    "blocks decay": {"block": 300, "moments": "decay"},
+    "blocks sgd": {"block": 300, "moments": "decay", "rule": optim.SGD, "momentum": 0.9},
+    "blocks spread disk": {
+        **{"block": 300, "moments": "decay", "disk": True, "layout": "spread", "interval": 1}
+    },
 }
 
 
 def fresh(folder: Path | None, init: int = 0, codec: bool = True, **settings: Any) -> Any:
-    store = Store(folder or "host", EightBitMoments() if codec else None)
+    codec_ = EightBitMoments() if codec else None
+    store = Store(folder or "host", codec_, settings.pop("block", None))
     if settings.get("exact"):
         settings["interval"] = 20
     return build(torch.bfloat16, init, store=store, **settings)
@@ -296,12 +304,16 @@ def fresh(folder: Path | None, init: int = 0, codec: bool = True, **settings: An
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("stop", [13, 15])
 def test_resume_to_the_bit(stop: int, rule: str, tmp_path: Path) -> None:
-    """Within a visit and at its end; a visit that is only interrupted is not rounded."""
+    """Within a visit and at its end; to save, or to detach for a while, rounds nothing.
+
+    A visit's state that has been decayed and not stepped yet lies between levels.
+    """
     settings = dict(RULES[rule])
     folder = tmp_path if settings.pop("disk", False) else None
     whole, optimizer = fresh(folder, **settings)
     losses = train(whole, optimizer, 0, 20)
     plain, other = fresh(None, codec=False, **settings)
+    # without blocks a state that is started anew at each visit never woke from 8 bits
     assert (train(plain, other, 0, 20) != losses) == (rule != "reset")
     model, first = fresh(folder, **settings)
     train(model, first, 0, stop)
@@ -316,6 +328,58 @@ def test_resume_to_the_bit(stop: int, rule: str, tmp_path: Path) -> None:
     assert train(resumed, second, stop, 20) == losses[stop:]
     assert_same(dict(resumed.named_parameters()), dict(whole.named_parameters()))
     assert train(model, first, stop, 20) == losses[stop:]
+
+
+class Watching(EightBitMoments):
+    """Remembers how many elements each decoding and encoding had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, list[int]] = {"decode": [], "encode": []}
+
+    def decode(self, state: dict[Any, Any]) -> dict[Any, Any]:
+        awake = super().decode(state)
+        self.seen["decode"].append(sum(v.numel() for k, v in awake.items() if k[1] == "exp_avg"))
+        return awake
+
+    def encode(self, state: dict[Any, Any]) -> dict[Any, Any]:
+        self.seen["encode"].append(sum(v.numel() for k, v in state.items() if k[1] == "exp_avg"))
+        return super().encode(state)
+
+
+def test_a_step_decodes_one_block_at_a_time() -> None:
+    """And between steps nothing is awake, the active chunk's state neither."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(4))).bfloat16()
+    codec, chunk, size = Watching(), 2 * 256 * 256, 8192
+    optimizer = ChunkedOptimizer(
+        model, optim.AdamW, lr=1e-3, chunks=2, interval=2, store=Store("host", codec, size)
+    )
+    for _ in range(6):
+        codec.seen["decode"], codec.seen["encode"] = [], []
+        model(torch.randn(8, 256).bfloat16()).square().mean().backward()
+        optimizer.step()
+        # each block once; the first visit finds nothing to decode at its first step
+        assert codec.seen["encode"] == [size] * (chunk // size)
+        assert optimizer.holdings()["state"] == optimizer.holdings()["master"] == []
+    assert codec.seen["decode"] == [size] * (chunk // size)
+    assert optimizer.nbytes["state"] == 8 * size
+    resting = optimizer.nbytes["resting"] / (2 * chunk)
+    assert resting == pytest.approx(2 + 2 * (1 + 4 / 256), abs=0.01)
+
+
+def test_a_slab_that_held_what_was_not_rounded_is_given_back(tmp_path: Path) -> None:
+    """A checkpoint at a visit's beginning puts a chunk on disk as it is; it must not stay so."""
+    store, value = Store(tmp_path, EightBitMoments()), torch.randn(64, 1024)
+    state = {M: value, STEP: torch.tensor(1.0)}
+    store.put("0", state)
+    small = store._slabs["0"].size
+    store.put("0", state, resting=False)
+    assert store._slabs["0"].size == 4 * value.numel()
+    store.put("0", state)
+    assert store._slabs["0"].size == small
+    woke = store.get("0", torch.device("cpu"))
+    assert woke is not None and torch.equal(woke[M], through(value))
 
 
 @pytest.mark.usefixtures("_small")
