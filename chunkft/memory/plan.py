@@ -170,13 +170,14 @@ def _predict(choice: Choice, tried: DryRun, at: Choice, limits: Limits, device: 
     on_host = device.bus == 0
     moves = not on_host and choice.store != "device" and choice.chunks > 1
     # one chunk's state as it rests: on a card it comes as a whole, its low bits stay along with it,
-    # and the next chunk's comes while this one works (core/store.py)
+    # and the next chunk's comes while this one works (core/store.py). 8-bit moments wake beside it.
     slab = round(tried.resting * tried.largest * share / tried.elements) if moves else 0
 
     def scaled(held: dict[str, int]) -> dict[str, int]:
         found = {k: round(held[k] * share) if k in MOVING else held[k] for k in KINDS}
         if found["state"]:
-            found["state"] = max(found["state"], slab) + slab
+            eight = choice.state_bits == 8
+            found["state"] = max(found["state"] + slab * eight, slab) + slab
         return found
 
     readings = [r for m in tried.measured for r in (*m.timeline, m.peak)]

@@ -197,6 +197,12 @@ def _check(job: Job) -> None:
     if idle & job.given:
         names = " ".join(f"--{name}" for name in sorted(idle & job.given))
         print(f"warning: {names} without effect: --method {method} trains all weights every step")
+    optim = str(getattr(job.training.optim, "value", job.training.optim))
+    if job.chunk.state_bits == 8 and optim.endswith(("8bit", "4bit")):
+        print(
+            f"warning: --state_bits 8 without effect: {optim} keeps its moments in few bits itself"
+        )
+        job.chunk.state_bits = 32
     if job.mixture.datasets and job.script.dataset_name:
         print(f"warning: --dataset_name {job.script.dataset_name} without effect beside datasets")
     if job.script.dataset_streaming:
@@ -290,7 +296,7 @@ def _take_over(job: Job, kept: checkpoints.Kept) -> None:
     """Settings of the checkpoint in the place of those that nobody gave."""
     if "method" not in job.given and kept.exact:
         job.chunk.method = "exact"
-    for name in ("layout", "order", "moments"):
+    for name in ("layout", "order", "moments", "state_bits"):
         if name not in job.given:
             setattr(job.chunk, name, getattr(kept, name))
 

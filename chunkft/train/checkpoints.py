@@ -24,6 +24,7 @@ import torch
 
 from chunkft.core.store import GIB
 from chunkft.errors import CheckpointError, ChunkFTError, InputError, one_line
+from chunkft.memory.eight_bit import EightBitMoments
 from chunkft.train import state_files
 
 MANIFEST = "chunkft_manifest.json"
@@ -194,6 +195,7 @@ class Kept(NamedTuple):
     layout: str
     moments: str
     exact: bool
+    state_bits: int
     learning_rate: float | None
     """Of the schedule's beginning; None where the schedule keeps none (reduce_lr_on_plateau)."""
 
@@ -213,6 +215,7 @@ def kept(found: Path) -> Kept:
         state["layout"],
         state["moments"],
         state.get("exact", False),
+        8 if state.get("codec") == EightBitMoments.__name__ else 32,
         None if rate is None else float(rate),
     )
 

@@ -317,8 +317,6 @@ def test_resume_to_the_bit(stop: int, rule: str, tmp_path: Path) -> None:
     assert (train(plain, other, 0, 20) != losses) == (rule != "reset")
     model, first = fresh(folder, **settings)
     train(model, first, 0, stop)
-    with first.detached():
-        pass
     saved = through_a_file({"weights": model.state_dict(), "optimizer": first.state_dict()})
     resumed, second = fresh(folder, init=1, **settings)
     train(resumed, second, 0, 2)
@@ -327,7 +325,34 @@ def test_resume_to_the_bit(stop: int, rule: str, tmp_path: Path) -> None:
     assert_same(second.state_dict(), saved["optimizer"])
     assert train(resumed, second, stop, 20) == losses[stop:]
     assert_same(dict(resumed.named_parameters()), dict(whole.named_parameters()))
-    assert train(model, first, stop, 20) == losses[stop:]
+    again = train(model, first, stop, stop + 3)
+    with first.detached():  # a visit begins here again, where it began at `stop`
+        pass
+    assert [*again, *train(model, first, stop + 3, 20)] == losses[stop:]
+
+
+@pytest.mark.parametrize("block", [None, 8192])
+@pytest.mark.parametrize("touch", ["save", "detach"])
+def test_nothing_is_rounded_to_save_or_to_detach(touch: str, block: int | None) -> None:
+    """Where a visit begins the moments have been decayed, and lie between levels by a hair."""
+
+    def touched(how: str) -> Any:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(4))).bfloat16()
+        settings: dict[str, Any] = {"chunks": 2, "interval": 1, "moments": "decay"}
+        store = Store("host", EightBitMoments(), block)
+        optimizer = ChunkedOptimizer(model, optim.AdamW, lr=1e-3, store=store, **settings)
+        for _ in range(6):
+            model(torch.randn(8, 256).bfloat16()).square().mean().backward()
+            optimizer.step()
+            if how == "save":
+                optimizer.state_dict()
+            elif how == "detach":
+                with optimizer.detached():
+                    pass
+        return optimizer.state_dict()
+
+    assert_same(touched(touch), touched("nothing"))
 
 
 class Watching(EightBitMoments):

@@ -98,6 +98,11 @@ def test_the_next_chunk_is_on_its_way(choice: Choice, device: Device, coming: in
     assert plan.bytes["state"] == plan.highest["state"] == (8 + coming) * GIB
 
 
+def test_8_bit_moments_wake_beside_the_slab_that_brought_them() -> None:
+    plan = make_plan(trial, Choice(state_bits=8), Limits(99 * GIB), CARD)
+    assert plan.bytes["state"] == (8 + 5 + 5) * GIB
+
+
 def test_low_bits_stay_in_the_slab_that_brought_them() -> None:
     """A slab larger than the rule's state, as it rests, is what the device holds of it."""
 

@@ -3,10 +3,14 @@
 import json
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from chunkft import ChunkedOptimizer
 from chunkft.cli import main
-from chunkft.core.store import GIB
+from chunkft.core.store import GIB, Store
+from chunkft.memory import eight_bit
+from chunkft.memory.meter import Meter
 from chunkft.models.shapes import KNOWN, config_of
 
 MIB = 2**20
@@ -39,11 +43,36 @@ def test_the_command(method, told, tiny_model):
     assert code == 2 and "GiB at least, 1.00 given" in printed.err
 
 
+@pytest.mark.parametrize("method", ["chunk", "exact"])
+def test_8_bit_moments_are_planned_as_they_are_kept(method, told, tiny_model, monkeypatch):
+    """Within 3 % of the meter over a cycle; slices of 64 elements and more are encoded."""
+    monkeypatch.setattr(eight_bit, "SMALLEST", 64)
+    code, printed = told(
+        *("--method", method, "--memory", "8GiB", "--chunks", 4, "--state-bits", 8, "--json")
+    )
+    assert code == 0
+    planned = json.loads(printed.out)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    schedule = {"exact": True} if method == "exact" else {"interval": 1, "layout": "spread"}
+    store = Store("host", eight_bit.EightBitMoments())
+    optimizer = ChunkedOptimizer(
+        model, torch.optim.AdamW, lr=1e-5, chunks=4, store=store, **schedule
+    )
+    meter, ids = Meter(model, optimizer), torch.arange(32)[None]
+    with meter:
+        for _ in range(5):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+    assert planned["resting"] == pytest.approx(meter.measured().resting, rel=0.03)
+    assert planned["resting"] < 5 * sum(optimizer.partition.sizes())  # 10 and more in 32 bits
+
+
 def test_the_table_names_the_settings(told):
-    code, printed = told("--memory", "3GB", "--chunks", "4")
+    code, printed = told("--memory", "3GB", "--chunks", "4", "--state-bits", "8")
     assert code == 0
     assert "total" in printed.out and "seconds a step, at least" in printed.out
-    assert "--method chunk --chunks 4 --store host --layout spread --interval 1" in printed.out
+    chosen = "--method chunk --chunks 4 --store host --state_bits 8 --layout spread --interval 1"
+    assert chosen in printed.out
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from chunkft.cli import main
+from chunkft.memory import eight_bit
 
 STEPS = 8
 
@@ -116,6 +117,28 @@ def test_resume_is_the_uninterrupted_run_to_the_bit(sft, stop):
     assert f"checkpoint-{stop}" in out
     assert f"checkpoint-{STEPS} was never finished" in out
     assert same(whole, torn)
+
+
+@pytest.mark.parametrize("method", ["chunk", "exact"])
+def test_moments_that_rest_in_8_bits(sft, monkeypatch, method):
+    """Smaller; stopped where a visit begins and resumed without a word, to the bit."""
+    monkeypatch.setattr(eight_bit, "SMALLEST", 64)  # elements; the model has no larger slice
+    common = ["--method", method, "--chunks", 3, "--save_steps", 5, "--learning_rate", 1e-2]
+    _, _, _, plain = sft(*common, out="plain")
+    code, _, _, whole = sft(*common, "--state_bits", 8, out="whole")
+    assert code == 0 and not same(plain, whole)
+    found = [json.loads((folder / "metrics.json").read_text()) for folder in (plain, whole)]
+    wide, narrow = (x["bytes_by_kind"]["resting"] for x in found)
+    assert narrow < 0.5 * wide
+    losses = [row["loss"] for row in found[1]["history"]]
+    assert losses[-1] < 0.9 * losses[0]
+    (whole / "checkpoint-8" / "chunkft_manifest.json").unlink()
+    before = weights(whole)
+    code, out, _, _ = sft(*common, "--resume_from_checkpoint", out="whole")
+    assert code == 0 and "checkpoint-5" in out
+    after = weights(whole)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "| state_bits | 8 |" in (whole / "report.md").read_text()
 
 
 def test_yaml_config_and_trl_flags(sft, tmp_path):
@@ -254,6 +277,12 @@ def test_settings_without_effect_warn(sft):
     code, out, _, _ = sft("--method", "full", "--order", "shuffled", "--chunks", 4)
     assert code == 0
     assert "warning: --chunks --order without effect" in out
+    code, out, _, full = sft("--method", "full", "--state_bits", 8, out="8")
+    assert code == 0 and "warning: --state_bits without effect: --method full" in out
+    assert same(full, full.parent / "run")
+    # whatever becomes of the run: the rule may not be installed here
+    _, out, _, _ = sft("--optim", "adamw_bnb_8bit", "--state_bits", 8, out="rule")
+    assert out.count("warning: --state_bits 8 without effect: adamw_bnb_8bit keeps") == 1
 
 
 BAD = {
