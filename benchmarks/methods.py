@@ -19,6 +19,7 @@ from torch import Tensor
 
 from chunkft import ChunkedOptimizer
 from chunkft.core.store import State, Store, nbytes
+from chunkft.memory.eight_bit import EightBitMoments
 from chunkft.models.load import load_model
 from chunkft.models.losses import head_log_probs
 
@@ -79,8 +80,9 @@ def build(name: str, lr: float, seed: int = 0, **settings: Any) -> Method:
 
 
 def chunk(model: Any, lr: float, seed: int = 0, **settings: Any) -> Method:
-    """ChunkedOptimizer with `settings`; its store may be a directory or a kind of `Store`."""
-    shelf = Shelf(settings.pop("store", "host"))
+    """ChunkedOptimizer with `settings`, and `state_bits`; its store may be a directory."""
+    codec = EightBitMoments() if settings.pop("state_bits", 32) == 8 else None
+    shelf = Shelf(settings.pop("store", "host"), codec)
     if not settings.get("exact"):  # which has no order that a seed could shuffle
         settings["seed"] = seed
     optimizer = ChunkedOptimizer(
@@ -116,8 +118,8 @@ class Shelf(Store):
 
     _latest: Sequence[weakref.ref[Tensor]] = ()
 
-    def put(self, key: str, state: State) -> None:
-        super().put(key, state)
+    def put(self, key: str, state: State, resting: bool = True) -> None:
+        super().put(key, state, resting)
         self._latest = [weakref.ref(v) for v in state.values() if isinstance(v, Tensor)]
 
     def latest(self) -> list[Any]:

@@ -488,10 +488,10 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             groups_.copy_settings(loaded, group)
         # of the active chunk what was saved may not have rested yet: it must not be rounded
         awake = {rest.key for rest in (() if self.exact else self._rests(self.active))}
+        device_of = self._working_set.device_of
         for key, state in resume.states(saved, self._rests(), self._weights):
             if state:
-                state = resume.to_device(state, self._working_set.device_of)
-                self.store.put(key, state, resting=key not in awake)
+                self.store.put(key, resume.to_device(state, device_of), key not in awake)
         # a visit begins here unless the saved run was in the middle of one
         visit_begins = (self._steps - start) % self.schedule.interval == 0
         self._attach(self.active, new_visit=visit_begins and start != saved.schedule.start)

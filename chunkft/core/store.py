@@ -51,6 +51,7 @@ class Store:
             `block` or in exact mode that is at every step, else at the end of a visit.
         block: elements; None lets the state of the active chunk stay on the device. A number lets
             it rest between steps too and visit in parts of that many: less memory, more traffic.
+            Beside a codec a run resumes to the bit with the same number only.
 
     Raises:
         InputError: the directory cannot be created or written, or block < 1.

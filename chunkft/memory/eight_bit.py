@@ -13,7 +13,12 @@ Stochastic rounding, because a moment that is rounded to the nearest level at ev
 decay: beta2 = 0.999 moves v by less than half a gap (0.7 % of its size at least), so it stays for
 ever. What lies on a level stays there, so encode(decode(encode(x))) is encode(x) to the bit, and
 saved states lose nothing. The draw depends on the slice and its step count, so a resumed run makes
-the same.
+the same. With another K, or other blocks of the store, slices begin elsewhere and are rounded once
+more.
+
+When it is rounded: at the end of a visit; in exact mode, and where the store has blocks, at every
+step. Saving and detaching round nothing: a state that was decayed and not stepped yet lies between
+levels by a hair.
 
 A second moment above 0 never rests as 0: m / (sqrt(0) + eps) would leap (the zero point problem, Li
 et al., arXiv 2309.01507).
@@ -50,8 +55,9 @@ CODES, SCALE = "codes", "scale"  # what takes a moment's place in a state
 class EightBitMoments:
     """Codec of a `Store`: `ChunkedOptimizer(..., store=Store("host", EightBitMoments()))`.
 
-    A floating fp32 tensor under one of the names above, of at least 4096 elements in its slice,
-    rests as codes and scales; everything else as it is.
+    An fp32 tensor under one of the names above, of at least 4096 elements in its slice, rests as
+    codes and scales; everything else as it is, what is in 8 bits already (bitsandbytes, torchao)
+    too. Beside `Store(block=N)` a slice is what of it lies in a block.
     """
 
     def __init__(self) -> None:

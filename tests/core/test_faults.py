@@ -399,9 +399,9 @@ class Counting(Store):
         super().__init__(kind)
         self.calls: list[tuple[str, str]] = []
 
-    def put(self, key: str, state: Any) -> None:
+    def put(self, key: str, state: Any, resting: bool = True) -> None:
         self.calls.append(("put", key))
-        super().put(key, state)
+        super().put(key, state, resting)
 
     def pop(self, key: str, device: torch.device) -> Any:
         self.calls.append(("pop", key))
