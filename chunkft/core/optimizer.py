@@ -487,8 +487,8 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
             groups_.copy_settings(loaded, group)
         # of the active chunk what was saved may not have rested yet: it must not be rounded
-        awake = {rest.key for rest in (() if self.exact else self._rests(self.active))}
-        device_of = self._working_set.device_of
+        k, device_of = self.active, self._working_set.device_of
+        awake = {rest.key for rest in (() if k is None else self._rests(k))}
         for key, state in resume.states(saved, self._rests(), self._weights):
             if state:
                 self.store.put(key, resume.to_device(state, device_of), key not in awake)

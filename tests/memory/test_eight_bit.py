@@ -234,7 +234,8 @@ def test_a_store_keeps_codes_and_scales(kind: str, tmp_path: Path) -> None:
     assert woke is not None and seen is not None
     assert torch.equal(woke[M], through(value)) and torch.equal(seen[M], woke[M])
     store.put("0", {M: value}, resting=False)
-    assert torch.equal(store.get("0", torch.device("cpu"))[M], value)
+    raw = store.get("0", torch.device("cpu"))
+    assert raw is not None and torch.equal(raw[M], value)
 
 
 def test_resting_bytes_of_adamw() -> None:
