@@ -9,6 +9,7 @@ from torch import nn, optim
 from chunkft import ChunkedOptimizer
 from chunkft.memory.dry_run import dry_run, fake
 from chunkft.memory.meter import Measured, Meter
+from chunkft.memory.streaming import stream_weights
 from tests.conftest import NAMES, loss_of, tiny
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -19,13 +20,17 @@ METHODS: dict[str, dict[str, Any]] = {
 TOO_SMALL = 4096  # bytes; a kind below is a few scalars
 
 
-def build(name: str, method: str, rule: Any, dtype: torch.dtype) -> Any:
+def build(
+    name: str, method: str, rule: Any, dtype: torch.dtype, streamed: bool = False, **changes: Any
+) -> Any:
     before = torch.get_default_dtype()
     try:  # fake models do not follow `.to`
         torch.set_default_dtype(dtype)
-        model, batch = tiny(name)
+        model, batch = tiny(name, **changes)
     finally:
         torch.set_default_dtype(before)
+    if streamed:
+        stream_weights(model)
     optimizer = ChunkedOptimizer(model, rule, lr=1e-3, max_grad_norm=1.0, **METHODS[method])
     return model, batch, optimizer
 
