@@ -132,6 +132,11 @@ def _plan(words: list[str]) -> int:
     parser.add_argument("--interval", type=int, default=1, help="T, steps of a visit [1]")
     parser.add_argument("--layout", choices=["spread", "stream"], default="spread")
     parser.add_argument("--store", default="host", help="host, device, or a directory [host]")
+    parser.add_argument(
+        "--stream-weights",
+        action="store_true",
+        help="weights visit the device layer by layer; chosen too where nothing fits without",
+    )
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--json", action="store_true", help="print the plan for programs")
     options = parser.parse_args(words)

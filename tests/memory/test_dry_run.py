@@ -17,6 +17,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "spread": {"chunks": 3, "interval": 1, "layout": "spread"},
     "exact": {"chunks": 3, "exact": True},
 }
+# real within `fake()` too: transformers leaves the mask out where it sees that none is masked
+SEEN = torch.ones(4, 24, dtype=torch.bool)
 TOO_SMALL = 4096  # bytes; a kind below is a few scalars
 
 
@@ -29,6 +31,8 @@ def build(
         model, batch = tiny(name, **changes)
     finally:
         torch.set_default_dtype(before)
+    if "input_ids" in batch:
+        batch["attention_mask"] = SEEN
     if streamed:
         stream_weights(model)
     optimizer = ChunkedOptimizer(model, rule, lr=1e-3, max_grad_norm=1.0, **METHODS[method])
