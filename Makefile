@@ -13,7 +13,7 @@ PEERS := .venv/peers.stamp
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow bench bench-speed lint clean
+.PHONY: help setup demo test test-slow bench bench-speed bench-gpu lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ bench: $(SET_UP) $(PEERS) ## seconds, bytes and loss against the peers (hours)
 
 bench-speed: $(SET_UP) ## seconds a step and bytes against dense AdamW and LoRA
 	$(BIN)/python -m benchmarks.speed $(ARGS)
+
+# no set-up: torch >= 2.11 and transformers >= 5.17 are enough, and a GPU machine may have no network
+bench-gpu: ## memory and speed on a CUDA device, in 9 minutes (PYTHON=... with torch)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 lint: $(SET_UP) ## ruff (lint, format) and pyright
 	$(BIN)/ruff check

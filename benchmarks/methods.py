@@ -79,7 +79,8 @@ def build(name: str, lr: float, seed: int = 0, **settings: Any) -> Method:
 
 
 def chunk(model: Any, lr: float, seed: int = 0, **settings: Any) -> Method:
-    shelf = Shelf()
+    """ChunkedOptimizer with `settings`; its store may be a directory or a kind of `Store`."""
+    shelf = Shelf(settings.pop("store", "host"))
     if not settings.get("exact"):  # which has no order that a seed could shuffle
         settings["seed"] = seed
     optimizer = ChunkedOptimizer(

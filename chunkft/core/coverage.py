@@ -4,6 +4,8 @@
 the forward pass does not use has no gradient; it is listed, never hidden.
 """
 
+import warnings
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from chunkft.core.partition import Partition, Slice
@@ -24,6 +26,26 @@ class Record:
 
 
 Book = dict[Slice, Record]
+
+
+def note(book: Book, pieces: Iterable[Slice], used: Collection[Slice], step: int) -> None:
+    """Write down that `pieces` took part in a step, those `used` with a gradient."""
+    for piece in pieces:
+        record = book[piece]
+        record.steps += 1
+        if piece in used:
+            record.updates += 1
+            record.last = step
+
+
+def warn_unused(book: Book, pieces: Iterable[Slice], known: set[str]) -> set[str]:
+    """Warn of parameters that got no gradient in a whole visit; returns their names."""
+    unused = {piece.name for piece in pieces if not book[piece].updates}
+    if fresh := sorted(unused - known):
+        warnings.warn(
+            f"no gradient in a whole visit, so not trained: {', '.join(fresh)}", stacklevel=4
+        )
+    return unused
 
 
 @dataclass(frozen=True)

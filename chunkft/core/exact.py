@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from chunkft.core import precision
-from chunkft.core.partition import Chunk, Slice
+from chunkft.core.partition import Slice
 from chunkft.core.sliced_ops import repoint
 from chunkft.core.store import Store
-from chunkft.core.working_set import Hook
+from chunkft.core.working_set import Hook, Leaf
 from chunkft.errors import InputError
 
 # An element's update depends on nothing but this element's weight, gradient and state. A subclass
@@ -62,6 +61,7 @@ class Gradients:
         self.weights, self.store = weights, store
         self.stand_ins = {name: _hollow(weight) for name, weight in weights.items()}
         self._rooms: dict[str, Tensor | None] = {}
+        self._devices: dict[str, torch.device] = {}  # where backward makes them
         self._handles: list[Any] = []
         self._stream: torch.cuda.Stream | None = None
         self._sent: torch.Event | None = None
@@ -93,6 +93,7 @@ class Gradients:
         stand_in = self.stand_ins[name]
         if name not in self._rooms:
             self._rooms[name] = self.store.room(f"gradient-{len(self._rooms)}", gradient)
+        self._devices[name] = gradient.device
         room, held = self._rooms[name], stand_in.grad
         if room is None:
             total = gradient if held is None else held.add_(gradient)
@@ -105,40 +106,46 @@ class Gradients:
             stand_in.grad = total
 
     def norm(self, scale: Tensor | None) -> Tensor:
-        """Norm of all gradients in fp32, divided by `scale`: torch's, in the model's order."""
+        """Norm of all gradients in fp32, divided by `scale`, in the model's order."""
         self._settle()
-        norms: list[Tensor] = []
-        for stand_in in self.stand_ins.values():
-            if stand_in.grad is not None:
-                wide = _widened(stand_in.grad)
-                if scale is not None:
-                    wide = wide * scale.double().reciprocal().to(wide)
-                norms.append(get_total_norm([wide]))
-        first = norms[0].device if norms else None
-        return get_total_norm([torch.stack([x.to(first) for x in norms])] if norms else [])
+        gradients = (
+            # summed up where a dense step would: the bus is faster than the host's cores, and
+            # another kernel would round otherwise
+            x.grad.to(self._devices[name], non_blocking=True)
+            for name, x in self.stand_ins.items()
+            if x.grad is not None
+        )
+        return precision.total_norm(gradients, scale)
+
+    def names(self) -> set[str]:
+        """Of weights that have a gradient."""
+        return {name for name, stand_in in self.stand_ins.items() if stand_in.grad is not None}
 
     def on_device(self) -> list[Tensor]:
         """Those that lie beside their weights, for want of another place."""
         carried = ((name, x.grad) for name, x in self.stand_ins.items() if x.grad is not None)
         return [gradient for name, gradient in carried if self._rooms[name] is None]
 
-    def rows(self, piece: Slice, device: torch.device) -> Tensor | None:
-        """The gradient of a slice on `device`; a view where it lies there already."""
-        gradient = self.stand_ins[piece.name].grad
-        if gradient is None:
-            return None
-        rows = gradient[piece.start : piece.stop] if gradient.dim() else gradient
-        return rows.to(device, non_blocking=True)
+    def given_to(self, leaves: dict[Slice, Leaf]) -> dict[Slice, Leaf]:
+        """`leaves` with their gradients, on their devices; a view where it lies there already.
 
-    def drop(self, passed: Chunk | None = None) -> None:
-        """Forget the gradients of tensors that end in the chunk `passed`, or of all."""
-        ended = {p.name for p in passed if p.stop == self._rows(p.name)} if passed else None
-        for name in self.weights if ended is None else ended:
-            self.stand_ins[name].grad = None
+        A gradient is forgotten when its last row has been given.
+        """
+        for piece, leaf in leaves.items():
+            stand_in = self.stand_ins[piece.name]
+            gradient = stand_in.grad
+            if gradient is None:
+                continue
+            rows = gradient[piece.start : piece.stop] if gradient.dim() else gradient
+            leaf.tensor.grad = rows.to(leaf.tensor.device, non_blocking=True)
+            if leaf.whole or piece.stop == stand_in.shape[0]:
+                stand_in.grad = None
+        return leaves
 
-    def _rows(self, name: str) -> int:
-        weight = self.weights[name]
-        return weight.shape[0] if weight.dim() else 1
+    def drop(self) -> None:
+        """Forget all gradients."""
+        for stand_in in self.stand_ins.values():
+            stand_in.grad = None
 
     def _send(self, gradient: Tensor, room: Tensor, add: bool) -> None:
         if not gradient.is_cuda:
@@ -185,7 +192,3 @@ def refuse_schedule(**settings: tuple[Any, Any]) -> None:
 def _hollow(like: Tensor) -> Tensor:
     """A tensor of the shape, dtype and device of `like` with the memory of one element."""
     return torch.empty((), dtype=like.dtype, device=like.device).expand(like.shape)
-
-
-def _widened(gradient: Tensor) -> Tensor:
-    return gradient.float() if precision.is_16bit(gradient.dtype) else gradient

@@ -67,6 +67,15 @@ def settings_of(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def changed(before: Iterable[dict[str, Any]], now: Iterable[dict[str, Any]]) -> str | None:
+    """The first hyperparameter that is not what it was."""
+    for old, new in zip(before, settings_of(now), strict=True):
+        for key in new:
+            if key not in old or old[key] != new[key]:
+                return key
+    return None
+
+
 def copy_settings(source: dict[str, Any], target: dict[str, Any]) -> None:
     """Hyperparameters of one group into another; tensors, as torchao's lr, keep their identity."""
     for key, value in source.items():

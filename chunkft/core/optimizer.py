@@ -9,29 +9,30 @@ Every slice keeps its own state and so its own step count c_k (ChunkFT, arXiv 26
 Device bytes: weights + (gradient + master + state) of one chunk, N/K elements.
 """
 
-import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
-from chunkft.core import coverage, resume
+from chunkft.core import coverage, precision, resume
 from chunkft.core import groups as groups_
 from chunkft.core.checks import check_counts, check_settings
 from chunkft.core.exact import Gradients, cuts_of, refuse_schedule
 from chunkft.core.groups import Member
-from chunkft.core.partition import Partition, Slice, cut
+from chunkft.core.partition import Block, Partition, Slice, cut
 from chunkft.core.partition import Tensor as Shape
+from chunkft.core.passes import Clip, Rest, rests, step_in_passes
 from chunkft.core.rule import Rule, Values
 from chunkft.core.schedule import Schedule
 from chunkft.core.store import State, Store
-from chunkft.core.working_set import Leaf, WorkingSet, refuse_parallel
+from chunkft.core.working_set import WorkingSet, refuse_parallel
 from chunkft.errors import InputError, NonFiniteGradientError, UnsupportedError
 
 
@@ -51,7 +52,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         exact: every chunk in every step (see exact.py): the dense optimizer, to the bit where the
             rule is elementwise. Schedule settings beside it raise.
         store: where resting state lives: "host" (pinned beside a CUDA model), "device", a
-            directory, or a `Store`.
+            directory, or a `Store`, which may keep the active chunk's state too between steps.
         master: "auto" or "fp32" keep an exact fp32 master of 16-bit weights, "none" rounds
             after every step. The rule always computes in fp32.
         max_grad_norm: clip the active chunk to max_grad_norm * sqrt(its elements / all elements),
@@ -90,12 +91,14 @@ class ChunkedOptimizer(torch.optim.Optimizer):
     ):
         check_settings(model, optimizer_class, max_grad_norm, moments=moments, master=master)
         check_counts(chunks=chunks, interval=interval)
+        self.store = store if isinstance(store, Store) else Store(store)
         if exact:
             refuse_schedule(
                 interval=(interval, 20),
                 order=(order, "cyclic"),
                 moments=(moments, "persist"),
                 seed=(seed, 0),
+                block=(self.store.block, None),
             )
         refuse_parallel(model)
         self._working_set = WorkingSet(model)
@@ -104,13 +107,13 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             Shape(name, tuple(p.shape), p.numel() * groups_.cost(p.dtype))
             for name, p in self._weights.items()
         ]
-        cuts = cuts_of(optimizer_class, optimizer_kwargs) if exact else {}
-        self.partition: Partition = cut(costs, chunks, layout, **cuts)
+        self._cuts = cuts_of(optimizer_class, optimizer_kwargs)
+        self.partition: Partition = cut(costs, chunks, layout, **self._cuts if exact else {})
         self.layout = layout
         self.schedule = Schedule(chunks, 1 if exact else interval, order, seed)
-        self.store = store if isinstance(store, Store) else Store(store)
         self.moments, self.max_grad_norm = moments, max_grad_norm
         self._steps = 0
+        self._fresh = False  # a visit has begun whose state is yet to be revived, in blocks
         self._active: int | None = None  # chunk attached to the model
         self._attached = False
         self._gradients = Gradients(self._weights, self.store) if exact else None
@@ -182,6 +185,8 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         held = self._rule.holdings()
         if self._gradients is not None:
             held["gradient"] += self._gradients.on_device()
+        if self.store.block:
+            held["gradient"] += self._waiting()
         return {**held, "resting": self.store.tensors()}
 
     def audit(self) -> coverage.Audit:
@@ -210,8 +215,8 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.train()
-        scale, overflow = self._from_scaler()
-        if overflow:
+        scale = cast("Tensor | None", getattr(self, "grad_scale", None))
+        if bool(getattr(self, "found_inf", None)):
             self.zero_grad()
         elif self._gradients is not None:
             self._step_all(self._gradients, scale)
@@ -222,61 +227,51 @@ class ChunkedOptimizer(torch.optim.Optimizer):
     def _step_active(self, scale: Tensor | None) -> None:
         self._working_set.collect()
         self._working_set.check_lost()
-        stepped, parameters = self._rule.load(scale)
-        self._norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self._refuse_non_finite()
-        if self.max_grad_norm is not None:
-            sizes = self.partition.sizes()
-            share = sqrt(sizes[self.schedule.chunk(self._steps)] / sum(sizes))
-            clip_grads_with_norm_(parameters, self.max_grad_norm * share, self._norm)
-        self._rule.step(self.param_groups)
-        self._rule.measure(parameters)
-        self._rule.write(stepped)
+        used = {leaf.piece for leaf, _ in self._working_set.gradients()}
+        k, sizes, limit = self._active, self.partition.sizes(), self.max_grad_norm
+        assert k is not None
+        limit = None if limit is None else limit * sqrt(sizes[k] / sum(sizes))
+        if self.store.block:
+            self._norm = precision.total_norm(self._waiting(), scale)
+            self._refuse_non_finite()
+            step_in_passes(
+                *(self._rule, self.param_groups, self._rests(k), self._working_set.part),
+                *(self._waiting, scale, Clip(limit, self._norm)),
+                (lambda block: partial(self._revive, block)) if self._fresh else None,
+            )
+            self._fresh = False
+            self._rule.wake(None, self._working_set.leaves)
+        else:
+            stepped, parameters = self._rule.load(scale)
+            self._norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+            self._refuse_non_finite()
+            Clip(limit, self._norm).apply(parameters)
+            self._rule.step(self.param_groups)
+            self._rule.measure(parameters)
+            self._rule.write(stepped)
         self._working_set.drop_gradients()
-        self._note(stepped)
+        coverage.note(self._book, self._working_set.leaves, used, self._steps)
         self._advance()
 
     def _step_all(self, gradients: Gradients, scale: Tensor | None) -> None:
         gradients.collect()
         self._norm = gradients.norm(scale)
         self._refuse_non_finite()
-        for k, chunk in enumerate(self.partition):
-            self._rule.wake(k, self._working_set.view(chunk))
-            if k + 1 < len(self.partition):
-                self.store.prefetch(str(k + 1), self._rule.device)
-            for piece, leaf in self._rule.leaves.items():
-                leaf.tensor.grad = gradients.rows(piece, leaf.tensor.device)
-            stepped, parameters = self._rule.load(scale)
-            if self.max_grad_norm is not None:
-                clip_grads_with_norm_(parameters, self.max_grad_norm, self._norm)
-            before = groups_.settings_of(self.param_groups)
-            self._rule.step(self.param_groups)
-            self._refuse_progress(before)
-            self._rule.measure(parameters)
-            self._rule.write(stepped)
-            self._note(stepped)
-            self._rule.retire(k)
-            gradients.drop(chunk)
-            del stepped, parameters  # or masters live on beside the next chunk's
+        names = gradients.names()
+        step_in_passes(
+            *(self._rule, self.param_groups, self._rests()),
+            lambda block: gradients.given_to(self._working_set.view(block)),
+            *(self._waiting, scale, Clip(self.max_grad_norm, self._norm)),
+        )
+        used = {piece for piece in self._book if piece.name in names}
+        coverage.note(self._book, self._book, used, self._steps)
         if not self._steps:
-            self._warn_unused(self._book)
+            self._warned |= coverage.warn_unused(self._book, self._book, self._warned)
         self._steps += 1
 
-    def _note(self, stepped: Sequence[Leaf]) -> None:
-        for piece in self._rule.leaves:
-            self._book[piece].steps += 1
-        for leaf in stepped:
-            self._book[leaf.piece].updates += 1
-            self._book[leaf.piece].last = self._steps
-
-    def _refuse_progress(self, before: list[dict[str, Any]]) -> None:
-        """A rule that counts its steps in the group would count each chunk as one."""
-        for old, new in zip(before, groups_.settings_of(self.param_groups), strict=True):
-            if changed := [key for key in new if key not in old or old[key] != new[key]]:
-                raise UnsupportedError(
-                    f"{type(self._rule.inner).__name__} keeps {changed[0]!r} for all parameters "
-                    f"together, so its step cannot be taken chunk by chunk; use it without exact"
-                )
+    def _waiting(self) -> list[Tensor]:
+        """Gradients of the active chunk that wait for their block's turn."""
+        return [gradient for _, gradient in self._working_set.gradients()]
 
     def train(self) -> None:
         """Make ready for a forward pass; Trainer and accelerate call it before each.
@@ -307,10 +302,6 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             raise InputError("chunks are cut once: pass groups= when building ChunkedOptimizer")
         super().add_param_group(param_group)
 
-    def _from_scaler(self) -> tuple[Tensor | None, bool]:
-        found = cast("Tensor | None", getattr(self, "found_inf", None))
-        return getattr(self, "grad_scale", None), bool(found)
-
     def _refuse_non_finite(self) -> None:
         assert self._norm is not None
         if bool(torch.isfinite(self._norm)):
@@ -326,12 +317,12 @@ class ChunkedOptimizer(torch.optim.Optimizer):
 
     def _advance(self) -> None:
         if self.schedule.last_step_of_visit(self._steps):
-            self._warn_unused(self._working_set.leaves)
+            leaves, known = self._working_set.leaves, self._warned
+            self._warned |= coverage.warn_unused(self._book, leaves, known)
         self._steps += 1
         following = self.active
         if following != self._active:
-            assert self._active is not None
-            self._rule.retire(self._active)
+            self._retire()
             self._attach(following, new_visit=True)
         if self.schedule.last_step_of_visit(self._steps):
             coming = self.schedule.chunk(self._steps + 1)
@@ -348,36 +339,52 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             self._place()
             return
         self._working_set.attach(self.partition[k])
-        self._rule.wake(k, self._working_set.leaves, self._revive if new_visit else None)
+        if self.store.block:
+            self._fresh = new_visit
+            self._rule.wake(None, self._working_set.leaves)
+        else:
+            [(key, block)] = self._rests(k)
+            revive = partial(self._revive, block) if new_visit else None
+            self._rule.wake(key, self._working_set.leaves, revive)
         self._place()
 
-    def _revive(self, piece: Slice, values: Values) -> Values:
-        """What a new visit leaves of the state of a slice."""
+    def _rests(self, *which: int) -> list[Rest]:
+        """Where the state of these chunks rests, or of all."""
+        of = which or range(len(self.partition))
+        cuts, size = self._cuts, self.store.block
+        return [rest for k in of for rest in rests(self.partition, k, size, cuts)]
+
+    def _retire(self) -> None:
+        """Let all of the active chunk's state rest, as its visit so far leaves it."""
+        assert self._active is not None
+        if self._fresh:  # no step has revived it
+            for key, block in self._rests(self._active):
+                leaves = self._working_set.part(block, consume=False)
+                self._rule.wake(key, leaves, partial(self._revive, block))
+                self._rule.retire(key)
+            self._rule.wake(None, self._working_set.leaves)
+            self._fresh = False
+        elif not self.store.block:
+            self._rule.retire(str(self._active))
+
+    def _revive(self, block: Block, piece: Slice, values: Values) -> Values:
+        """What a new visit leaves of the state of a slice of `block`."""
         if self.moments == "reset":
             return {}
         if self.moments == "decay":
-            gap = self._steps - 1 - self._book[piece].last
+            gap = self._steps - 1 - self._book[block[piece]].last
             resume.decay_first_moment(values, self.param_groups[self._rule.groups[piece.name]], gap)
         return values
 
     def _place(self) -> None:
         """Fill the group dicts, which stay the same objects, with what carries gradients."""
-        members = self._rule.by_group()
-        if self._gradients is not None:
-            members = self._by_group(self._gradients.stand_ins.items())
+        carriers = self._gradients and self._by_group(self._gradients.stand_ins.items())
+        members = carriers or self._rule.by_group()
         for group, tensors in zip(self.param_groups, members, strict=True):
             group["params"] = tensors
 
     def _by_group(self, members: Iterable[tuple[str, Member]]) -> list[list[Member]]:
         return groups_.split(self._rule.groups, self._rule.group_count, members)
-
-    def _warn_unused(self, pieces: Iterable[Slice]) -> None:
-        unused = {p.name for p in pieces if not self._book[p].updates}
-        if fresh := sorted(unused - self._warned):
-            self._warned |= unused
-            warnings.warn(
-                f"no gradient in a whole visit, so not trained: {', '.join(fresh)}", stacklevel=4
-            )
 
     # -- leaving the model, and coming back -----------------------------------------------------
 
@@ -389,7 +396,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         if self._gradients is not None:
             self._gradients.detach()
         elif self._active is not None:
-            self._rule.retire(self._active)
+            self._retire()
         self._working_set.detach()
         self._attached, self._active = False, None
 
@@ -425,12 +432,15 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         return self._header(), self._parts(self.store.look)
 
     def _parts(self, read: Callable[[str], State | None]) -> Iterator[resume.SavedState]:
-        for k, chunk in enumerate(self.partition):
-            if k != self._active:
-                yield resume.part(chunk, self._book, read(str(k)) or {})
+        if self._fresh:
+            self._retire()
+        for k in range(len(self.partition)):
+            if k != self._active or self.store.block:
+                for key, block in self._rests(k):
+                    yield resume.part(block, self._book, read(key) or {})
                 continue
             for piece, kept in zip(self._rule.leaves, self._rule.states(), strict=True):
-                yield resume.part((piece,), self._book, kept)
+                yield resume.part({piece: piece}, self._book, kept)
 
     def _header(self) -> dict[str, Any]:
         return resume.header(
@@ -465,22 +475,22 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         )
         self.train()
         if same_cut:
-            found = (saved.partition, *resume.restore(saved))
+            found = saved.partition, resume.records(saved)
         else:
             found = resume.recut(saved, self.partition, self._weights)
         self.zero_grad()
         self.store.clear()
         self._rule.forget()
-        self.partition, self._book, states = found
+        self.partition, self._book = found
         same = same_cut and replace(self.schedule, start=saved.schedule.start) == saved.schedule
         start = saved.schedule.start if same else saved.steps
         self._steps = saved.steps
         self.schedule = replace(self.schedule, start=start)
         for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
             groups_.copy_settings(loaded, group)
-        for k, state in states:
+        for key, state in resume.states(saved, self._rests(), self._weights):
             if state:
-                self.store.put(str(k), resume.to_device(state, self._working_set.device_of))
+                self.store.put(key, resume.to_device(state, self._working_set.device_of))
         # a visit begins here unless the saved run was in the middle of one
         visit_begins = (self._steps - start) % self.schedule.interval == 0
         self._attach(self.active, new_visit=visit_begins and start != saved.schedule.start)

@@ -37,6 +37,8 @@ class Slice(NamedTuple):
 
 
 Chunk = tuple[Slice, ...]
+Block = dict[Slice, Slice]
+"""Slices that rest and wake together, each with the slice of the chunk in which it lies."""
 
 
 class Tensor(NamedTuple):
@@ -156,6 +158,37 @@ def cut(
         )
     deal = _stream if layout == "stream" else _spread
     return Partition({t.name: t.shape for t in tensors}, deal(tensors, atoms, heights, chunks))
+
+
+def blocks(
+    chunk: Chunk,
+    shapes: Mapping[str, tuple[int, ...]],
+    size: int,
+    whole: bool = False,
+    grain: int = 1,
+) -> list[Block]:
+    """`chunk` in parts of at most `size` elements, or of one atom where that is more.
+
+    Atoms are as in `cut`: whole slices with `whole`, and of tensors of fewer than two dimensions.
+    """
+    found: list[Block] = [{}]
+    room = size
+    for piece in chunk:
+        shape = shapes[piece.name]
+        row = prod(shape[1:])
+        atom = piece.rows if whole or len(shape) < 2 else grain // gcd(grain, row)
+        start = piece.start
+        while start < piece.stop:
+            rows = max(room // row // atom * atom, 0 if found[-1] else atom)
+            stop = min(start + rows, piece.stop)
+            if stop > start:
+                found[-1][Slice(piece.name, start, stop)] = piece
+                room -= (stop - start) * row
+                start = stop
+            if start < piece.stop:
+                found.append({})
+                room = size
+    return found
 
 
 def _stream(

@@ -16,6 +16,7 @@ Cost at rest: 2 bytes an element instead of 4, plus 10 bytes an exception.
 """
 
 import sys
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -67,6 +68,18 @@ def wake(kept: dict[str, Tensor], weight: Tensor) -> Tensor:
         return master
     # channels_last, say: a fused rule needs parameter, gradient and state to lie alike
     return torch.empty_like(weight, dtype=torch.float32).copy_(master)
+
+
+def total_norm(gradients: Iterable[Tensor], scale: Tensor | None) -> Tensor:
+    """Norm of all gradients in fp32, divided by `scale`: torch's own, to the bit, on a CPU."""
+    norms = [
+        torch.linalg.vector_norm(g, dtype=torch.float32 if is_16bit(g.dtype) else None)
+        for g in gradients
+    ]
+    if not norms:
+        return torch.tensor(0.0)
+    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return total if scale is None else total * scale.double().reciprocal().to(total)
 
 
 def _joined(low: Tensor, weight: Tensor) -> Tensor:

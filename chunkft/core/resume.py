@@ -4,12 +4,13 @@ A saved state is plain containers and tensors, so `torch.load(weights_only=True)
 
     state[name] = [{start, stop, steps, updates, last, values: {key: tensor | number}}, ...]
 
-It is made and taken back one chunk at a time, so that tensors which lie in files stay there: beside
-the store itself, loading needs the memory of one chunk.
+It is made and taken back one resting part at a time, a chunk or a block of it, so that tensors
+which lie in files stay there: beside the store itself, loading needs the memory of one part.
 
-With another K the pieces are cut and joined along axis 0. That is exact for elementwise rules only,
-whose tensors have the slice's shape; anything else raises, naming the key. Rows that come together
-with different step counts stay several slices of one chunk, each with a count of its own.
+With another K, or other blocks, the pieces are cut and joined along axis 0. That is exact for
+elementwise rules only, whose tensors have the slice's shape; anything else raises, naming the key.
+Rows that come together with different step counts stay several slices of one chunk, each with a
+count of its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,14 +22,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from chunkft.core import precision
 from chunkft.core.coverage import Book, Record
-from chunkft.core.partition import Chunk, Partition, Slice
+from chunkft.core.partition import Block, Partition, Slice
 from chunkft.core.schedule import Schedule
 from chunkft.core.store import State, mapped
 from chunkft.errors import ChunkFTError, InputError, StateError
 
 FORMAT = 2
 SavedState = dict[str, list[dict[str, Any]]]
-States = Iterator[tuple[int, State]]  # a chunk's index and its state
+States = Iterator[tuple[str, State]]  # by key in the store
 Weights = Mapping[str, Tensor]
 
 
@@ -42,6 +43,7 @@ class Saved(NamedTuple):
     partition: Partition
     records: Book
     values: dict[Slice, dict[str, Any]]
+    """Of slices of the partition, or of blocks of them."""
 
 
 def header(
@@ -65,15 +67,15 @@ def header(
     }
 
 
-def part(chunk: Chunk, book: Book, kept: State) -> SavedState:
-    """The slices of `chunk` with their values, as a piece of the saved state."""
+def part(block: Block, book: Book, kept: State) -> SavedState:
+    """The slices of `block` with their values, as a piece of the saved state."""
     values: dict[Slice, dict[str, Any]] = {}
     for (piece, key), value in kept.items():
         values.setdefault(piece, {})[key] = value
     found: SavedState = {}
-    for piece in chunk:
-        if book[piece].steps:
-            entry = {"start": piece.start, "stop": piece.stop, **book[piece].__dict__}
+    for piece, around in block.items():
+        if book[around].steps:
+            entry = {"start": piece.start, "stop": piece.stop, **book[around].__dict__}
             entry["values"] = values.get(piece, {})
             found.setdefault(piece.name, []).append(entry)
     return found
@@ -138,54 +140,71 @@ def check(
     )
 
 
-def restore(saved: Saved) -> tuple[Book, States]:
-    """Records and values for the saved partition itself."""
-    book = {p: saved.records.get(p, Record()) for chunk in saved.partition for p in chunk}
-    states = (
-        (k, {(piece, key): v for piece in chunk for key, v in saved.values.get(piece, {}).items()})
-        for k, chunk in enumerate(saved.partition)
-    )
-    return book, states
+def records(saved: Saved) -> Book:
+    """For the saved partition itself."""
+    # the first block of a slice begins where it does, and all went through the same
+    found = {(piece.name, piece.start): record for piece, record in saved.records.items()}
+    return {
+        piece: found.get((piece.name, piece.start), Record())
+        for chunk in saved.partition
+        for piece in chunk
+    }
 
 
-def recut(saved: Saved, partition: Partition, weights: Weights) -> tuple[Partition, Book, States]:
-    """The saved values cut for `partition`, which comes back with slices split where counts differ.
+def recut(saved: Saved, partition: Partition, weights: Weights) -> tuple[Partition, Book]:
+    """`partition` with slices split where the step counts saved for their rows differ.
 
     Raises:
         StateError: a value is not elementwise.
     """
-    old = {name: list[_Part]() for name in partition.shapes}
-    for piece in sorted(p for chunk in saved.partition for p in chunk):
-        record = saved.records.get(piece, Record())
-        old[piece.name].append(_Part(piece, record, saved.values.get(piece, {})))
-
-    def parts_of(chunk: Chunk, dry: bool) -> list[_Part]:
-        return [
+    old = _parts(saved)
+    # without their elements: what cannot be cut must raise before anything is replaced
+    outline = [
+        [
             part
             for piece in chunk
-            for part in _join(_cut(old[piece.name], piece, weights, dry), weights)
+            for part in _join(_cut(old[piece.name], piece, weights, dry=True), weights)
         ]
-
-    # without their elements first: what cannot be cut must raise before anything is replaced
-    outline = [parts_of(chunk, dry=True) for chunk in partition]
+        for chunk in partition
+    ]
     book = {part.piece: part.record for parts in outline for part in parts}
-    cut = Partition(partition.shapes, [[part.piece for part in parts] for parts in outline])
-    states = (
-        (k, _rested(parts_of(chunk, dry=False), weights)) for k, chunk in enumerate(partition)
-    )
-    return cut, book, states
+    return Partition(partition.shapes, [[p.piece for p in parts] for parts in outline]), book
 
 
-def _rested(parts: Iterable["_Part"], weights: Weights) -> State:
-    """The values as they go to the store: masters as what their weights lack."""
-    state: State = {}
-    for piece, _, values in parts:
-        if precision.WHOLE in values:
-            master = values.pop(precision.WHOLE)
-            values.update(precision.rest(master, _weight(piece, weights)))
-        for key, value in values.items():
-            state[piece, key] = value
-    return state
+def states(saved: Saved, rests: Iterable[tuple[str, Block]], weights: Weights) -> States:
+    """The saved values cut for `rests`, which are of a partition that `recut` made, or of its own.
+
+    What was saved by other slices needs the weights it was saved with.
+    """
+    old = _parts(saved)
+    for key, block in rests:
+        state: State = {}
+        for piece in block:
+            values = saved.values.get(piece)
+            if values is None:
+                [(_, _, values)] = _join(_cut(old[piece.name], piece, weights), weights)
+                _rest(piece, values, weights)
+            state |= {(piece, name): value for name, value in values.items()}
+        yield key, state
+
+
+def _parts(saved: Saved) -> dict[str, list["_Part"]]:
+    """By name, in the order of rows."""
+    found = {name: list[_Part]() for name in saved.partition.shapes}
+    for piece in sorted(saved.values):
+        found[piece.name].append(_Part(piece, saved.records[piece], saved.values[piece]))
+    taken = {(p.name, p.start) for p in saved.values}
+    for piece in (p for chunk in saved.partition for p in chunk):
+        if (piece.name, piece.start) not in taken:  # never stepped
+            found[piece.name].append(_Part(piece, Record(), {}))
+    return {name: sorted(parts, key=lambda part: part.piece) for name, parts in found.items()}
+
+
+def _rest(piece: Slice, values: dict[str, Any], weights: Weights) -> None:
+    """The master as it goes to the store: what its weight lacks."""
+    if precision.WHOLE in values:
+        master = values.pop(precision.WHOLE)
+        values.update(precision.rest(master, _weight(piece, weights)))
 
 
 def _weight(piece: Slice, weights: Weights) -> Tensor:
@@ -199,7 +218,7 @@ class _Part(NamedTuple):
     values: dict[str, Any]
 
 
-def _cut(parts: Iterable[_Part], wanted: Slice, weights: Weights, dry: bool) -> list[_Part]:
+def _cut(parts: Iterable[_Part], wanted: Slice, weights: Weights, dry: bool = False) -> list[_Part]:
     """What lies in the rows `wanted`; without elements (on "meta") if `dry`."""
     found: list[_Part] = []
     for piece, record, saved in parts:

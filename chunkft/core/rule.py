@@ -21,6 +21,7 @@ from chunkft.core import precision
 from chunkft.core.partition import Slice
 from chunkft.core.store import State, Store, nbytes, plain
 from chunkft.core.working_set import Leaf
+from chunkft.errors import UnsupportedError
 
 Values = dict[str, Any]
 Revive = Callable[[Slice, Values], Values]
@@ -61,12 +62,18 @@ class Rule:
 
     # -- a visit --------------------------------------------------------------------------------
 
-    def wake(self, key: int, leaves: Mapping[Slice, Leaf], revive: Revive | None = None) -> None:
-        """Take over `leaves`, with their state from the store, as `revive` lets it pass."""
+    def wake(
+        self, key: str | None, leaves: Mapping[Slice, Leaf], revive: Revive | None = None
+    ) -> None:
+        """Take over `leaves`, with their state from the store, as `revive` lets it pass.
+
+        Args:
+            key: of the state; None lets it rest.
+        """
         self.leaves = leaves
-        state = self.store.pop(str(key), self.device) or {}
+        state = None if key is None else self.store.pop(key, self.device)
         kept: dict[Slice, Values] = {}
-        for (piece, name), value in state.items():
+        for (piece, name), value in (state or {}).items():
             kept.setdefault(piece, {})[name] = value
         for piece, values in kept.items():
             leaf = leaves[piece]
@@ -76,7 +83,7 @@ class Rule:
             if revive is not None:
                 values = revive(piece, values)
             if values:
-                self.inner.state[leaf.tensor] = values
+                self.inner.state[leaf.tensor] = self._counting(leaf, values)
         self.note_versions()
         self.place()
 
@@ -104,14 +111,28 @@ class Rule:
             self.place()
         return stepped, [self.parameter(leaf) for leaf in stepped]
 
-    def step(self, outer_groups: Sequence[dict[str, Any]]) -> None:
-        """One step with the hyperparameters of `outer_groups`."""
+    def step(self, outer_groups: Sequence[dict[str, Any]], in_parts: bool = False) -> None:
+        """One step with the hyperparameters of `outer_groups`.
+
+        Args:
+            in_parts: it is one of several that make an optimizer step.
+
+        Raises:
+            UnsupportedError: a rule that counts its steps in the group would count each of them.
+        """
+        before = groups_.settings_of(outer_groups) if in_parts else []
         pairs = list(zip(self.inner.param_groups, outer_groups, strict=True))
         for inner, outer in pairs:
             groups_.copy_settings(outer, inner)
         self.inner.step()
         for inner, outer in pairs:  # where Prodigy, say, keeps its step size
             groups_.copy_settings(inner, outer)
+        if in_parts and (changed := groups_.changed(before, outer_groups)):
+            raise UnsupportedError(
+                f"{type(self.inner).__name__} keeps {changed!r} for all parameters together, so "
+                f"its step cannot be taken part by part; use it without exact, and without block= "
+                f"of the store"
+            )
 
     def write(self, stepped: Iterable[Leaf]) -> None:
         """Round masters into the weights and free their gradients."""
@@ -123,12 +144,12 @@ class Rule:
             leaf.written()
         self.note_versions()
 
-    def retire(self, key: int) -> None:
+    def retire(self, key: str) -> None:
         """Move the state of the awake leaves to the store."""
         state = self.state()
         self.forget()
         if state:
-            self.store.put(str(key), state)
+            self.store.put(key, state)
 
     def forget(self) -> None:
         for held in (self.inner.state, self._masters, self._asleep):
@@ -167,10 +188,17 @@ class Rule:
         """Leaves of streamed weights, which share no storage with them."""
         return [leaf.tensor for leaf in self.leaves.values() if leaf.rest is not None]
 
-    def measure(self, parameters: Sequence[Tensor]) -> None:
-        """Remember the largest working set, when a step has it whole."""
+    def measure(self, parameters: Sequence[Tensor], waiting: Sequence[Tensor] = ()) -> None:
+        """Remember the largest working set, when a step has it whole.
+
+        Args:
+            waiting: gradients that `parameters` have views of, or that come later.
+        """
+        seen = {id(tensor.untyped_storage()) for tensor in waiting}
+        own = [p.grad for p in parameters if p.grad is not None]
+        own = [gradient for gradient in own if id(gradient.untyped_storage()) not in seen]
         now = {
-            "gradient": nbytes(p.grad for p in parameters),
+            "gradient": nbytes([*own, *waiting]),
             "master": nbytes([*self._masters.values(), *self._copies()]),
             "state": nbytes(x for p in parameters for x in self.inner.state.get(p, {}).values()),
         }
@@ -204,6 +232,22 @@ class Rule:
         for key, value in (state or {}).items():
             if isinstance(value, Tensor) and value.dim() > 0:
                 cast("dict[str, Any]", state)[key] = value.to(device)
+        if state:
+            state.update(self._counting(leaf, state))
+
+    def _counting(self, leaf: Leaf, values: Values) -> Values:
+        """`values` with its step counts where the rule counts, as torch's own load_state_dict does.
+
+        A fused or capturable kernel reads them on the device; a checkpoint has them on the host.
+        """
+        group = self.inner.param_groups[self.groups[leaf.piece.name]]
+        if not (group.get("fused") or group.get("capturable")):
+            return values
+        device = leaf.tensor.device
+        return {
+            name: value.to(device) if isinstance(value, Tensor) and value.dim() == 0 else value
+            for name, value in values.items()
+        }
 
     def note_versions(self) -> None:
         for piece, leaf in self.leaves.items():

@@ -1,8 +1,8 @@
 """Where the state of resting chunks lives: device, host or disk.
 
-State moves at a switch of chunks, never at a step. A chunk's tensors are laid into one flat slab of
-bytes: pinned host memory beside a CUDA model, a memory-mapped file on disk. On "device", and on
-"host" beside a CPU model, they simply stay where they are.
+State moves at a switch of chunks; with `block` in every step. A chunk's tensors, or a block's, are
+laid into one flat slab of bytes: pinned host memory beside a CUDA model, a memory-mapped file on
+disk. On "device", and on "host" beside a CPU model, they simply stay where they are.
 
 On CUDA a side stream copies, with events both ways: write-back overlaps the next forward, and
 `prefetch` brings the next chunk during the last step of this one. 7B, K=64: 1.3 GB each way a
@@ -11,9 +11,12 @@ switch (calc), once in T steps.
 A state is a flat dict of names to values; tensors among them move, other values stay here.
 """
 
+import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,17 +44,25 @@ class Store:
     Args:
         kind: "device", "host", or the path of a directory for memory-mapped slabs.
         codec: applied on the way in and out, on the device; None keeps states as they are.
+        block: elements; None lets the state of the active chunk stay on the device. A number lets
+            it rest between steps too and visit in parts of that many: less memory, more traffic.
 
     Raises:
-        InputError: the directory cannot be created or written.
+        InputError: the directory cannot be created or written, or block < 1.
     """
 
-    def __init__(self, kind: str | Path = "host", codec: Codec | None = None):
+    def __init__(
+        self, kind: str | Path = "host", codec: Codec | None = None, block: int | None = None
+    ):
+        if block is not None and block < 1:
+            raise InputError(f"block={block} must be at least 1 element")
+        self.block = block
         self.kind = "disk" if str(kind) not in ("device", "host") else str(kind)
         self.codec = codec
         self._slabs: dict[str, Slab] = {}
         self._kept: dict[str, State] = {}
         self._rooms: dict[str, Tensor] = {}
+        self._locked: list[Slab] = []  # of the rooms, page-locked as long as they live
         self._stream: torch.cuda.Stream | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if self.kind == "disk":
@@ -104,8 +115,9 @@ class Store:
         """Memory laid out as `like` where states rest; None where they stay where they are."""
         if self.kind == "device" or (self.kind == "host" and not like.is_cuda):
             return None
-        raw = Slab(_aligned(like), self._path(key), None).bytes
-        self._rooms[key] = _shaped(raw[: like.numel() * like.element_size()], like)
+        slab = Slab(_aligned(like), self._path(key), None)
+        self._locked.append(slab)
+        self._rooms[key] = _shaped(slab.bytes[: like.numel() * like.element_size()], like)
         return self._rooms[key]
 
     def tensors(self) -> list[Tensor]:
@@ -131,6 +143,7 @@ class Store:
             self._slabs.pop(key, None)
             return None
         size = sum(_aligned(t) for t in tensors)
+        size += sum(_aligned(value) for value in state.values() if _counts_on_device(value))
         slab = self._slabs.get(key)
         # a slab of the time before model.to("cuda") has no stream
         if slab is None or slab.size < size or (cuda and slab.stream is None):
@@ -152,7 +165,13 @@ class Slab:
         size = max(size, ALIGN)
         self.size, self.path, self.stream = size, path, stream
         if path is None:
-            self.bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            # torch's own pinned memory rounds up to powers of two: 1.3 GB would take 2 GiB. The
+            # mapping is shared, since after a fork writes to a private one go to other pages.
+            self.bytes = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+            if page_lock(self.bytes):
+                weakref.finalize(self, _let_go, self.bytes, stream)
+            else:
+                self.bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         else:
             path.unlink(missing_ok=True)
             _reserve(path, size)
@@ -174,7 +193,10 @@ class Slab:
         self._coming = None
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())
-        return {name: mapped(value, place) for name, value in state.items()}
+        return {
+            name: place(value) if _counts_on_device(value) else mapped(value, place)
+            for name, value in state.items()
+        }
 
     def fetch(self, device: torch.device) -> Tensor:
         """Start the copy of the whole slab to a CUDA `device`, on the side stream."""
@@ -189,10 +211,7 @@ class Slab:
         if device.type != "cuda" or self.stream is None:
             if self.stream is not None:
                 self.stream.synchronize()  # the write may be under way
-            return {
-                name: mapped(value, lambda t: t.to(device, copy=True))
-                for name, value in state.items()
-            }
+            return self._each(state, lambda t: t.to(device, copy=True))
         arrived, self._coming = self.fetch(device), None
         torch.cuda.current_stream().wait_stream(self.stream)
         arrived.record_stream(torch.cuda.current_stream())
@@ -202,7 +221,21 @@ class Slab:
             start = view.data_ptr() - base
             return _shaped(arrived[start : start + view.numel() * view.element_size()], view)
 
-        return {name: mapped(value, take) for name, value in state.items()}
+        return self._each(state, take)
+
+    def _each(self, state: State, change: Callable[[Tensor], Tensor]) -> State:
+        """`state` with `change` applied to its views of the slab; other scalars stay."""
+        start = self.bytes.data_ptr()
+        slab = range(start, start + self.size)
+
+        def ours(value: Any) -> bool:
+            scalar = isinstance(value, Tensor) and value.dim() == 0
+            return scalar and value.data_ptr() in slab
+
+        return {
+            name: change(value) if ours(value) else mapped(value, change)
+            for name, value in state.items()
+        }
 
     def close(self) -> None:
         if self.stream is not None:
@@ -219,6 +252,38 @@ class Slab:
             # only pinned memory takes a copy that does not block; the file's pages block
             view.copy_(tensor, non_blocking=self.path is None)
         tensor.record_stream(self.stream)  # not reused before the copy has read it
+
+
+def page_lock(raw: Tensor) -> bool:
+    """Lock whole pages of ours for copies that do not block; False if CUDA refuses."""
+    if int(_runtime().cudaHostRegister(raw.data_ptr(), raw.numel(), 0)) == 0:
+        return True
+    with suppress(RuntimeError):  # the refusal would come up in whatever kernel is launched next
+        torch.zeros(1, device="cuda")
+    return False
+
+
+def page_unlock(raw: Tensor) -> None:
+    """Undo `page_lock`; no copy may be under way."""
+    _runtime().cudaHostUnregister(raw.data_ptr())
+
+
+def _let_go(raw: Tensor, stream: "torch.cuda.Stream | None") -> None:
+    # unlike torch's own pinned memory nobody else waits for the copies
+    torch.cuda.synchronize() if stream is None else stream.synchronize()
+    page_unlock(raw)
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()
+
+
+def _counts_on_device(value: Any) -> bool:
+    """A scalar of a fused rule, its step count: 512 bytes of the device where it stays.
+
+    75 MB at 7B and K=512, where each chunk has a slice of every tensor.
+    """
+    return isinstance(value, Tensor) and value.dim() == 0 and value.is_cuda
 
 
 def _reserve(path: Path, size: int) -> None:
@@ -253,7 +318,7 @@ def _aligned(tensor: Tensor) -> int:
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """`value` with `change` applied to its plain tensors, those inside subclasses too.
 
-    Scalars, step counts above all, stay where the rule put them.
+    Scalars, step counts above all, stay where the rule put them (a slab takes those of a device).
     """
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value

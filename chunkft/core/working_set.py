@@ -20,7 +20,7 @@ handle is kept, and no class is patched: `detach()` leaves a stock model.
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from chunkft.core.partition import Chunk, Slice
+from chunkft.core.partition import Block, Chunk, Slice
 from chunkft.core.precision import overwritten
 from chunkft.core.residence import residence_of
 from chunkft.core.sliced_ops import SlicedForward, repoint, rule_of
@@ -115,9 +115,29 @@ class WorkingSet:
                     if attribute == "weight" and (rule := rule_of(module)):
                         self._owners[name].append((module, rule))
 
-    def view(self, chunk: Chunk) -> dict[Slice, Leaf]:
+    def view(self, chunk: Iterable[Slice]) -> dict[Slice, Leaf]:
         """Leaves of `chunk`, with nothing attached to the model."""
         return {piece: self._leaf(piece) for piece in chunk}
+
+    def part(self, block: Block, consume: bool = True) -> dict[Slice, Leaf]:
+        """Leaves of some rows of the attached chunk's leaves.
+
+        With `consume` they take their rows of the gradients along, and a gradient of which all
+        rows have gone is forgotten.
+        """
+        found: dict[Slice, Leaf] = {}
+        for piece, around in block.items():
+            leaf = self.leaves[around]
+            start, stop = piece.start - leaf.piece.start, piece.stop - leaf.piece.start
+            rest = None if leaf.rest is None else _rows(leaf.rest, start, stop)
+            tensor = _rows(leaf.tensor.detach(), start, stop).requires_grad_()
+            if consume and leaf.tensor.grad is not None:
+                tensor.grad = _rows(leaf.tensor.grad, start, stop)
+                if piece.stop == leaf.piece.stop:
+                    leaf.tensor.grad = None
+            whole = leaf.whole and piece == leaf.piece
+            found[piece] = Leaf(piece, tensor, whole, _home(tensor), rest)
+        return found
 
     def _leaf(self, piece: Slice) -> Leaf:
         weight = self.parameters[piece.name]
@@ -291,6 +311,10 @@ class _Thaw:
 def _thaw(parameters: list[nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.requires_grad_(True)
+
+
+def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
+    return tensor[start:stop] if tensor.dim() else tensor
 
 
 def _home(tensor: Tensor) -> tuple[Any, ...]:

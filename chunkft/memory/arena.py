@@ -10,12 +10,12 @@ Device bytes: 2 * the largest unit.
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from chunkft.core.store import page_lock, page_unlock
 from chunkft.memory.units import Unit
 
 SLOTS = 2
@@ -71,7 +71,7 @@ class Arena:
             # kernels of the slots' memory's last owner may be under way
             self._lane.wait_stream(torch.cuda.current_stream(device))
             if not on_disk:
-                locked += [unit.bytes for unit in units if _page_lock(unit.bytes)]
+                locked += [unit.bytes for unit in units if page_lock(unit.bytes)]
             if len(locked) < len(units):
                 for slot in self.slots:
                     slot.lock = torch.empty(size, dtype=torch.uint8, pin_memory=True)
@@ -156,15 +156,6 @@ class Arena:
             slot.arrived = self._lane.record_event()
 
 
-def _page_lock(raw: Tensor) -> bool:
-    """Lock memory of ours for copies that do not block: torch's own rounds up to powers of two."""
-    return int(_runtime().cudaHostRegister(raw.data_ptr(), raw.numel(), 0)) == 0
-
-
 def _page_unlock(locked: list[Tensor]) -> None:
     for raw in locked:
-        _runtime().cudaHostUnregister(raw.data_ptr())
-
-
-def _runtime() -> Any:
-    return torch.cuda.cudart()
+        page_unlock(raw)

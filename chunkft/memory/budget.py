@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -87,3 +88,26 @@ def smallest_of(memory: int) -> Device:
     """The least card of the table with `memory` bytes or more, or else the largest."""
     cards = sorted((d for d in DEVICES.values() if d.bus), key=lambda d: d.memory)
     return next((card for card in cards if card.memory >= memory), cards[-1])
+
+
+def card_peaks(cuda: Any = torch.cuda) -> dict[str, int]:
+    """Most bytes that the current CUDA device held since the counters began; {} without one.
+
+    allocated  tensors, each rounded up to 512 bytes
+    reserved   what torch's allocator took for them
+    process    that, the context and libraries; of whatever else runs on the card too, since the
+               driver tells what is free and not who has the rest
+
+    Args:
+        cuda: whom to ask: `torch.cuda`, or what answers like it.
+    """
+    if not cuda.is_available():
+        return {}
+    free, total = cuda.mem_get_info()
+    beside = total - free - cuda.memory_reserved()
+    reserved = cuda.max_memory_reserved()
+    return {
+        "allocated": cuda.max_memory_allocated(),
+        "reserved": reserved,
+        "process": reserved + beside,
+    }

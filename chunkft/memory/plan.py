@@ -21,7 +21,7 @@ from chunkft.core.store import GIB
 from chunkft.errors import ChunkFTError, InputError
 from chunkft.memory.budget import HOST_BANDWIDTH, Device
 from chunkft.memory.dry_run import DryRun
-from chunkft.memory.meter import KINDS, Reading
+from chunkft.memory.meter import KINDS
 
 MOVING = ("gradient", "master", "state", "workspace")  # kinds that go with the chunk
 PROCESS = GIB  # interpreter and libraries
@@ -219,15 +219,21 @@ def _by_chunks(rung: Choice, free: Sequence[str]) -> Iterator[Choice]:
 def _predict(choice: Choice, tried: DryRun, at: Choice, limits: Limits, device: Device) -> Plan:
     """What `choice` takes, from a dry run of the same rung with `at.chunks` chunks."""
     share = at.chunks / choice.chunks
+    on_host = device.bus == 0
+    moves = not on_host and choice.store != "device" and choice.chunks > 1
+    # one chunk's state as it rests: on a card it comes as a whole, its low bits stay along with it,
+    # and the next chunk's comes while this one works (core/store.py)
+    slab = round(tried.resting * tried.largest * share / tried.elements) if moves else 0
 
-    def scaled(reading: Reading) -> dict[str, int]:
-        held = reading.bytes
-        return {k: round(held[k] * share) if k in MOVING else held[k] for k in KINDS}
+    def scaled(held: dict[str, int]) -> dict[str, int]:
+        found = {k: round(held[k] * share) if k in MOVING else held[k] for k in KINDS}
+        if found["state"]:
+            found["state"] = max(found["state"], slab) + slab
+        return found
 
     readings = [r for m in tried.measured for r in (*m.timeline, m.peak)]
-    peak = max((scaled(r) for r in readings), key=lambda held: sum(held.values()))
-    highest = {k: round(v * share) if k in MOVING else v for k, v in tried.highest.items()}
-    on_host = device.bus == 0
+    peak = max((scaled(r.bytes) for r in readings), key=lambda held: sum(held.values()))
+    highest = scaled(tried.highest)
     if not on_host:
         peak["workspace"] += LIBRARY
     resting = round(tried.resting)

@@ -14,6 +14,7 @@ Only positions with a label go through the head.
 import functools
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from trl.trainer.utils import FusedCausalLMOutput
+from transformers.utils import ModelOutput
 
 from chunkft.core.sliced_ops import SlicedForward, cast_for_autocast, rule_of
 
@@ -92,6 +93,23 @@ class HeadLogProbs(Function):
         return dh, None, None, None, *dw.split(ctx.rows)
 
 
+@dataclass
+class HeadOutput(ModelOutput):
+    """What TRL's trainers read from a model called with `fused_lm_head=True`, by TRL's names.
+
+    Not TRL's own class: a plan needs the head too, and torch and transformers are enough for one.
+    """
+
+    loss: Tensor | None = None
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    label_mask: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
 def head_log_probs(hidden: Tensor, head: nn.Module, labels: Tensor) -> tuple[Tensor, ...]:
     """`HeadLogProbs` through a plain nn.Linear head, whichever part of it is active.
 
@@ -149,11 +167,11 @@ def install_head(model: Any) -> Callable[[], None]:
         spread = [x.new_zeros(mask.shape).masked_scatter(mask, x) for x in scored]
         log_probs, entropy, top1 = spread
         total = mask.sum().clamp(min=1) if count is None else count
-        return FusedCausalLMOutput(
-            loss=-log_probs.sum() / total,  # pyright: ignore[reportArgumentType]
-            log_probs=log_probs,  # pyright: ignore[reportArgumentType]
-            entropy=entropy,  # pyright: ignore[reportArgumentType]
-            is_top1=top1,  # pyright: ignore[reportArgumentType]
+        return HeadOutput(
+            loss=-log_probs.sum() / total,
+            log_probs=log_probs,
+            entropy=entropy,
+            is_top1=top1,
             label_mask=mask,
         )
 

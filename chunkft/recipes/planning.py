@@ -55,6 +55,12 @@ class _Host(Store):
         return self._rooms[key]
 
 
+def checkpoint_layers(model: Any) -> None:
+    """Recompute layers in backward; transformers before 5.23 has the older name only."""
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 def trial_of(config: PretrainedConfig, load: Workload, on_host: bool) -> Callable[[Choice], DryRun]:
     """A dry run of the model of `config` under a choice of settings."""
 
@@ -67,7 +73,7 @@ def trial_of(config: PretrainedConfig, load: Workload, on_host: bool) -> Callabl
                 config, dtype=load.dtype, attn_implementation=load.attention
             ).train()
             if choice.checkpointing:
-                model.activation_checkpointing_enable({"use_reentrant": False})
+                checkpoint_layers(model)
             if choice.stream_weights:
                 stream_weights(model)
             settings: dict[str, Any] = {"chunks": choice.chunks, "exact": choice.method == "exact"}

@@ -25,6 +25,7 @@ from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.core.store import GIB
 from chunkft.data.packing import check_isolation
 from chunkft.errors import InputError, as_input_error
+from chunkft.memory.budget import card_peaks
 from chunkft.memory.plan import Plan
 from chunkft.memory.streaming import WeightStream, stream_weights
 from chunkft.models.load import load_model
@@ -137,6 +138,7 @@ def run(job: Job) -> int:
         audit=audit,
         bytes_by_kind={**_weight_bytes(model, stream), **sizes},
         peak_gib=peak_memory_gib(),
+        card=card_peaks(),
         seconds=watching.seconds,
         parameters=sum(optimizer.partition.sizes()),
         measured=meter.measured,

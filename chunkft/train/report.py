@@ -23,6 +23,11 @@ import matplotlib.pyplot as plt
 
 METRICS = "metrics.json"
 PACKAGES = ("chunkft", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers")
+CARD = {
+    "allocated": "allocated by tensors on the GPU",
+    "reserved": "reserved by torch's allocator",
+    "process": "in use on the GPU (context and other programs too)",
+}
 
 
 @dataclass
@@ -39,6 +44,8 @@ class Outcome:
     peak_gib: float
     seconds: float
     parameters: int
+    card: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Peak bytes by `card_peaks`; none on a CPU."""
     measured: Measured | None = None
     """What the meter saw."""
     plan: Plan | None = None
@@ -56,7 +63,12 @@ def write(folder: Path, outcome: Outcome) -> Path:
     lines += _coverage(outcome.audit, outcome.parameters)
     lines += ["## Memory by kind", "", "| kind | GiB |", "|---|---|"]
     lines += [f"| {kind} | {size / GIB:.3f} |" for kind, size in outcome.bytes_by_kind.items()]
-    lines += [f"| peak of the {_where()} | {outcome.peak_gib:.3f} |", ""]
+    if outcome.card:
+        for kind, size in outcome.card.items():
+            lines.append(f"| {CARD[kind]}, peak | {size / GIB:.3f} |")
+    else:
+        lines.append(f"| peak of the process (CPU) | {outcome.peak_gib:.3f} |")
+    lines.append("")
     if outcome.measured is not None:
         metering.plot(folder / "memory.png", outcome.measured)
         lines += [*_memory(outcome.measured, outcome.plan), "![memory](memory.png)", ""]
@@ -85,6 +97,7 @@ def write_metrics(folder: Path, outcome: Outcome, step_seconds: Sequence[float])
         "seconds": outcome.seconds,
         "step_seconds": list(step_seconds),
         "peak_gib": outcome.peak_gib,
+        "card": outcome.card,
         "bytes_by_kind": outcome.bytes_by_kind,
         "measured": None if outcome.measured is None else outcome.measured.highest,
         "planned": None if outcome.plan is None else outcome.plan.highest,
@@ -159,12 +172,10 @@ def _plot(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     plt.close(figure)
 
 
-def _where() -> str:
-    return f"GPU ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "process (CPU)"
-
-
 def _versions() -> list[str]:
     found = {"python": platform.python_version(), "machine": platform.machine()}
+    if torch.cuda.is_available():
+        found["GPU"] = torch.cuda.get_device_name()
     for name in PACKAGES:
         try:
             found[name] = version(name)

@@ -10,7 +10,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,6 +31,7 @@ from transformers.trainer_utils import SaveStrategy
 from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.core.store import GIB
 from chunkft.errors import ChunkFTError, InputError, UnsupportedError
+from chunkft.memory.budget import card_peaks
 from chunkft.train import checkpoints
 from chunkft.train.config import ChunkArguments, Rotation, choose_moments, refuse_optimizer
 
@@ -135,6 +136,13 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
+def memory_line(peaks: Mapping[str, int], peak_gib: float) -> str:
+    """One line of memory, in GiB: the bytes of `card_peaks`, or on a CPU the process's peak."""
+    if not peaks:
+        return f"peak {peak_gib:.2f} GiB"
+    return " ".join(f"{kind} {size / GIB:.2f}" for kind, size in peaks.items()) + " GiB"
+
+
 class RunCallback(TrainerCallback):
     """Progress bar, true gradient norm and rotation in every log, NaN stop."""
 
@@ -202,7 +210,8 @@ class RunCallback(TrainerCallback):
             self.bar.set_postfix_str(
                 f"loss {logs['loss']:.4f} lr {logs['learning_rate']:.2e} "
                 f"norm {logs['grad_norm']:.3g} {where} "
-                f"{logs['tokens_per_second']:.0f} tok/s peak {logs['peak_gib']:.2f} GiB"
+                f"{logs['tokens_per_second']:.0f} tok/s "
+                f"{memory_line(card_peaks(), logs['peak_gib'])}"
             )
         elif logs and any(key.startswith("eval_loss") for key in logs):
             tqdm.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")

@@ -135,12 +135,23 @@ def test_gradients_may_be_discarded() -> None:
 # -- GradScaler ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("unscale", [False, True])
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_grad_scaler_refuses_to_unscale_fp16() -> None:
+    """Of any optimizer; it must be the same error, and nothing of the gradient may be gone."""
+    model, optimizer = build(FP16)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(loss_of(model)).backward()
+    before = [leaf.grad.clone() for leaf in leaves(optimizer) if leaf.grad is not None]
+    with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
+        scaler.unscale_(optimizer)
+    after = [leaf.grad for leaf in leaves(optimizer) if leaf.grad is not None]
+    assert before and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    "dtype, unscale", [(FP32, False), (FP32, True), (BF16, False), (BF16, True), (FP16, False)]
+)
 def test_grad_scaler_with_an_injected_inf(dtype: torch.dtype, unscale: bool) -> None:
     """A power of two as scale: the run is the one without a scaler, the bad step left out."""
-    if unscale and dtype == FP16:
-        pytest.skip("torch's GradScaler unscales no fp16 gradients, of any optimizer")
     plain, stock = build(dtype, max_grad_norm=0.5)
     expected = train(plain, stock, 14)
     model, optimizer = build(dtype, max_grad_norm=0.5)

@@ -10,9 +10,11 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.core.store import Slab, Store
+from chunkft.core.working_set import Leaf
 from chunkft.errors import ChunkFTError, InputError
 from tests.conftest import loss_of, tiny, weights
 
@@ -327,3 +329,50 @@ def test_tensor_subclasses_move_with_their_insides(kind: str, tmp_path: Path) ->
     assert torch.equal(back["m"].dequantize(), state.dequantize())
     if kind == "disk":
         assert back["m"].codes.data_ptr() != state.codes.data_ptr()
+
+
+# -- step counts of fused rules --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_step_counts_go_where_the_rule_reads_them(fused: bool) -> None:
+    """A checkpoint has them on the host, a fused kernel reads them on the weight's device."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = ChunkedOptimizer(model, torch.optim.AdamW, lr=1e-3, fused=fused, chunks=1)
+    (piece,) = [p for p in optimizer.partition[0] if p.name == "weight"]
+    elsewhere = Leaf(piece, torch.empty(2, 2, device="meta"), whole=True)
+    found = optimizer._rule._counting(elsewhere, {"step": torch.tensor(3.0), "m": torch.ones(2, 2)})
+    assert found["step"].device.type == ("meta" if fused else "cpu")
+    assert found["m"].device.type == "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("exact", [True, False])
+def test_on_a_gpu_a_resumed_run_goes_on(fused: bool, exact: bool) -> None:
+    """Through a checkpoint on the host, and through chunks that rested there, to the bit."""
+    found: list[torch.Tensor] = []
+    for stop in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)).cuda()
+        settings = {"exact": True} if exact else {"interval": 1}
+
+        def build(model: torch.nn.Module = model, more: dict[str, Any] = settings) -> Any:
+            rule = torch.optim.AdamW
+            return ChunkedOptimizer(model, rule, lr=1e-2, fused=fused, chunks=3, **more)
+
+        optimizer = build()
+        for i in range(8):
+            if stop and i == 4:
+                saved = tree_map_only(
+                    torch.Tensor, lambda x: x.cpu().clone(), optimizer.state_dict()
+                )
+                optimizer.detach()
+                optimizer = build()
+                optimizer.load_state_dict(saved)
+            model(torch.ones(4, 64, device="cuda")).square().mean().backward()
+            optimizer.step()
+        resting = [value for state in optimizer.store._kept.values() for value in state.values()]
+        assert all(not x.is_cuda for x in resting if isinstance(x, torch.Tensor))
+        found.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    assert torch.equal(*found)

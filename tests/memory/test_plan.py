@@ -37,12 +37,13 @@ def trial(choice: Choice) -> DryRun:
 @pytest.mark.parametrize(
     ("given", "chunks", "checkpointing", "offload"),
     [
-        (24, 8, False, False),  # 10 + 64/8 + max(4, 2 x 16/8)
-        (20, 16, False, False),
-        (16.1, 32, False, False),
-        (14.9, 32, True, False),  # 128 chunks without, 32 with
-        (11.8, 128, True, True),
-        (11.1, 1024, True, True),
+        (28, 8, False, False),  # 10 + (64 + 40)/8 + max(4, 2 x 16/8)
+        (24, 16, False, False),
+        (20, 32, False, False),
+        (16.1, 64, False, False),
+        (14.9, 64, True, False),  # 128 chunks without, 64 with
+        (11.8, 256, True, True),
+        (11.2, 1024, True, True),
     ],
 )
 def test_the_cheapest_that_fits(
@@ -64,7 +65,7 @@ def test_what_is_not_free_stays() -> None:
 
 
 def test_below_the_floor_it_says_the_floor_and_the_cure() -> None:
-    with pytest.raises(DoesNotFitError, match=r"needs 11\.0\d GiB at least, 9\.00 given") as error:
+    with pytest.raises(DoesNotFitError, match=r"needs 11\.1\d GiB at least, 9\.00 given") as error:
         make_plan(trial, Choice(), Limits(9 * GIB), CARD, ALL)
     assert 11 * GIB < error.value.needed < 11.2 * GIB
     again = Limits(parse_bytes(str(error.value).split("--memory ")[1].split(",")[0]))
@@ -81,11 +82,37 @@ def test_host_and_disk() -> None:
         make_plan(trial, Choice(), Limits(24 * GIB, host=20 * GIB), CARD, ALL)
 
 
+@pytest.mark.parametrize(
+    ("choice", "device", "coming"),
+    [
+        (Choice(), CARD, 5),
+        (Choice("exact", layout="stream"), CARD, 5),
+        (Choice(store="runs/state"), CARD, 5),
+        (Choice(store="device"), CARD, 0),
+        (Choice(), COMPUTER, 0),
+    ],
+)
+def test_the_next_chunk_is_on_its_way(choice: Choice, device: Device, coming: int) -> None:
+    """Beside a card its state comes in the last step of this one's visit: 40/8 GiB here."""
+    plan = make_plan(trial, choice, Limits(99 * GIB), device)
+    assert plan.bytes["state"] == plan.highest["state"] == (8 + coming) * GIB
+
+
+def test_low_bits_stay_in_the_slab_that_brought_them() -> None:
+    """A slab larger than the rule's state, as it rests, is what the device holds of it."""
+
+    def heavy(choice: Choice) -> DryRun:
+        return replace(trial(choice), resting=80 * GIB)
+
+    plan = make_plan(heavy, Choice(), Limits(99 * GIB), CARD)
+    assert plan.bytes["state"] == 20 * GIB
+
+
 def test_seconds_are_bounds_by_flop_bus_and_host() -> None:
-    plan = make_plan(trial, Choice(), Limits(24 * GIB), CARD, ALL)
+    plan = make_plan(trial, Choice(), Limits(28 * GIB), CARD, ALL)
     moved = 2 * 40 * GIB / 8
     assert plan.seconds == pytest.approx({"flop": 0.3, "bus": moved / 25e9, "host": moved / 60e9})
-    exact = make_plan(trial, Choice("exact"), Limits(24 * GIB), CARD, ())
+    exact = make_plan(trial, Choice("exact"), Limits(28 * GIB), CARD, ())
     assert exact.seconds["bus"] == pytest.approx(2 * 40 * GIB / 25e9)
     assert exact.settings == {"chunks": 8, "store": "host", "exact": True}
 

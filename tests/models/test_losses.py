@@ -1,17 +1,24 @@
 """The tiled head: its gradient is right, whichever part of the head is active, and never dense."""
 
 import copy
+from dataclasses import fields
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 from transformers import LlamaConfig, LlamaForCausalLM
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from chunkft import ChunkedOptimizer
 from chunkft.models import losses
-from chunkft.models.losses import HeadLogProbs, head_log_probs, install_head, is_plain_head
+from chunkft.models.losses import (
+    HeadLogProbs,
+    HeadOutput,
+    head_log_probs,
+    install_head,
+    is_plain_head,
+)
 
 VOCABULARY = 61
 
@@ -149,3 +156,9 @@ def test_undo_and_generation():
     copy.deepcopy(net)
     undo()
     assert net.forward == theirs
+
+
+def test_the_output_has_trls_fields() -> None:
+    """TRL's trainers read them by name; a field that TRL adds must be seen here first."""
+    theirs = {field.name for field in fields(FusedCausalLMOutput)}
+    assert {field.name for field in fields(HeadOutput)} == theirs
