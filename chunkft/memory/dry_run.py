@@ -1,8 +1,9 @@
 """A dry run: real training steps on tensors that have no memory, seen by the meter.
 
 Model, loss, ChunkedOptimizer and its rule are the very ones of the run, and so are streamed
-weights; torch's fake tensors have shapes and lifetimes but no bytes. What a step asks of its data is answered here: comparisons hold,
-norms are finite, no element of a master is an exception, every position has a label.
+weights; torch's fake tensors have shapes and lifetimes but no bytes. What a step asks of its data
+is answered here: comparisons hold, norms are finite, no element of a master is an exception, every
+position has a label.
 """
 
 import warnings

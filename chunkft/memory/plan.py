@@ -12,7 +12,7 @@ stays. The settings chosen are run dry themselves before anything is promised.
              bytes moved in host memory / its bandwidth
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -120,10 +120,10 @@ def ladder(start: Choice, on_host: bool, free: Sequence[str]) -> Iterator[Choice
         yield rung
     if "offload" in free and rung.checkpointing and not (rung.offload or on_host):
         yield replace(rung, offload=True)
-    if "stream_weights" in free and not start.stream_weights:
-        # on the host itself only a disk takes weights away
-        if not on_host or start.rests_on_disk:
-            yield from ladder(replace(start, stream_weights=True), on_host, free)
+    # on the host itself only a disk takes weights away
+    apart = start.rests_on_disk or not on_host
+    if "stream_weights" in free and apart and not start.stream_weights:
+        yield from ladder(replace(start, stream_weights=True), on_host, free)
 
 
 def make_plan(
@@ -145,28 +145,18 @@ def make_plan(
     refused: list[Plan] = []
     rungs = ladder(start, device.bus == 0, free)
     for streamed, same in groupby(rungs, key=lambda rung: rung.stream_weights):
-        if _lack_host(refused, limits, device):
-            break
-        found: list[Plan] = []
-        for rung in same:
-            try:
-                tried = trial(rung)
-            except InputError:
-                if streamed == start.stream_weights:
-                    raise
-                break  # no layers that could be streamed, which nobody asked for
-            for choice in _by_chunks(rung, free):
-                plan = _predict(choice, tried, rung, limits, device)
-                if choice != rung and _fits(plan, limits, device):
-                    plan = _predict(choice, trial(choice), choice, limits, device)
-                if _fits(plan, limits, device):
-                    found.append(plan)
-                    break
-                refused.append(plan)
-            if found and found[-1].choice.chunks <= max(PREFERRED, start.chunks):
-                return found[-1]
+        try:
+            found = _search(trial, same, limits, device, free, refused)
+        except InputError:
+            if streamed == start.stream_weights:
+                raise
+            # no layers that could be streamed, which nobody asked for
+            rest = [name for name in free if name != "stream_weights"]
+            return make_plan(trial, start, limits, device, rest)
         if found:
             return min(found, key=lambda plan: plan.choice.chunks)
+        if _lack_host(refused, limits, device):
+            break
     if by_host := _lack_host(refused, limits, device):
         floor = min(by_host, key=lambda plan: plan.host)
     else:
@@ -176,6 +166,34 @@ def make_plan(
     if not by_host:
         cure += _by_streaming(trial, start, needed, limits, device, free)
     raise DoesNotFitError(cure, needed)
+
+
+def _search(
+    trial: Trial,
+    rungs: Iterable[Choice],
+    limits: Limits,
+    device: Device,
+    free: Sequence[str],
+    refused: list[Plan],
+) -> list[Plan]:
+    """What fits of `rungs`, up to the first with few enough chunks; `refused` gets the others."""
+    found: list[Plan] = []
+    for rung in rungs:
+        tried = trial(rung)
+        for choice in _by_chunks(rung, free):
+            plan = _predict(choice, tried, rung, limits, device)
+            if choice != rung and _fits(plan, limits, device):
+                plan = _predict(choice, trial(choice), choice, limits, device)
+            if _fits(plan, limits, device):
+                found.append(plan)
+                break
+            refused.append(plan)
+        if found and found[-1].choice.chunks <= max(PREFERRED, rung.chunks):
+            break
+        too_large = not found and refused[-1].bytes["weights"] > limits.device
+        if too_large and "stream_weights" in free and not rung.stream_weights:
+            break  # the weights alone have no room, whatever else is done
+    return found
 
 
 def _lack_host(refused: Sequence[Plan], limits: Limits, device: Device) -> list[Plan]:

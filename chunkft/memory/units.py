@@ -76,7 +76,9 @@ class Unit:
         """
         if isinstance(next(iter(self.parameters.values())), FakeTensor):  # nothing to map
             self.bytes = torch.empty(self.nbytes, dtype=torch.uint8)
-            self.homes = [torch.empty_strided(p.shape, p.strides, dtype=p.dtype) for p in self.places]
+            self.homes = [
+                torch.empty_strided(p.shape, p.strides, dtype=p.dtype) for p in self.places
+            ]
         else:
             self._map(folder)
         for (name, parameter), home in zip(self.parameters.items(), self.homes, strict=True):
@@ -85,7 +87,6 @@ class Unit:
             else:
                 home.copy_(parameter.data)
                 parameter.data = home  # what held it until now is free, unless others hold it too
-
 
     def _map(self, folder: Path | None) -> None:
         # shared also where it is memory: a forked data loader would break page-locking by copies

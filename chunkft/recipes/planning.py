@@ -93,7 +93,11 @@ def trial_of(config: PretrainedConfig, load: Workload, on_host: bool) -> Callabl
                     loss = model(**passed, use_cache=False).loss
                     (loss / load.accumulation).backward()
 
-            chunks = (0,) if choice.layout == "spread" else (0, len(optimizer.partition) - 1)
+            last = len(optimizer.partition) - 1
+            # embedding and head are in the outer ones; streamed weights have leaves of their own,
+            # most of them where both this chunk and the next are inside layers
+            inside = {last // 2} if choice.stream_weights else set[int]()
+            chunks = [0] if choice.layout == "spread" else sorted({0, last} | inside)
             width = config.get_text_config().vocab_size
             return dry_run(model, optimizer, backward, chunks, width, choice.offload)
 
