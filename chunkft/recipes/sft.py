@@ -251,8 +251,8 @@ def _build_chunks(
     job: Job, trainer: ChunkSFTTrainer, found: Path | None
 ) -> tuple[ChunkedOptimizer, Plan | None]:
     """The optimizer; what nobody set comes from the checkpoint `found`, else from our rules."""
-    args, steps, model = trainer.args, planned_steps(trainer), trainer.model
-    assert isinstance(model, PreTrainedModel)
+    args, steps = trainer.args, planned_steps(trainer)
+    model: Any = trainer.model
     kept = checkpoints.kept(found) if found else None
     if kept:
         _take_over(job, kept)
