@@ -13,18 +13,22 @@ from chunkft.memory.plan import Choice, DoesNotFitError, Limits
 from chunkft.models.shapes import config_of
 from chunkft.recipes.planning import Workload, plan
 
-# model, card, rows, tokens, GiB for tensors if less than the card has, method
+# model, card, rows, tokens, GiB for tensors if less than the card has, method; `disk` after it
+# rests state there, and weights too where they are streamed
 ROWS: list[tuple[str, str, int, int, float | None, str]] = [
     ("smollm2-135m", "laptop-16gib", 8, 1024, None, "chunk"),
     ("smollm2-135m", "laptop-16gib", 8, 1024, None, "exact"),
     ("llama-2-7b", "rtx-4090-24gib", 1, 1024, None, "chunk"),
     ("llama-2-7b", "rtx-4090-24gib", 1, 1024, None, "exact"),
     ("llama-2-7b", "rtx-4090-24gib", 1, 1024, 13.0, "chunk"),
+    ("llama-2-7b", "rtx-4090-24gib", 1, 1024, 2.0, "chunk"),
+    ("llama-2-7b", "laptop-16gib", 1, 1024, None, "chunk disk"),
     ("llama-2-7b", "a100-80gib", 8, 1024, 26.7, "chunk"),
     ("llama-3-8b", "rtx-4090-24gib", 1, 1024, None, "chunk"),
     ("llama-3-8b", "h100-80gb", 8, 2048, None, "chunk"),
     ("llama-3-8b", "h100-80gb", 8, 2048, None, "exact"),
     ("llama-3-70b", "h200-141gb", 1, 1024, None, "chunk"),
+    ("llama-3-70b", "rtx-4090-24gib", 1, 1024, None, "chunk"),
 ]
 
 
@@ -33,8 +37,10 @@ def row(name: str, card: str, batch: int, seq: int, given: float | None, method:
     memory = device.memory - device.reserved if given is None else round(given * GIB)
     load = Workload(seq, batch, kwargs={"lr": 1e-5, "fused": True})
     start = f"| {name} | {card} | {batch} x {seq} | {method} | {memory / GIB:.2f} |"
+    kind, *disk = method.split()
+    choice = Choice(kind, store="DIR" if disk else "host")
     try:
-        found = plan(config_of(name), load, Limits(memory), device, Choice(method))
+        found = plan(config_of(name), load, Limits(memory), device, choice)
     except DoesNotFitError as error:
         return f"{start} does not fit: needs {error.needed / GIB:.2f} | | | | | |"
     choice = found.choice
@@ -43,7 +49,12 @@ def row(name: str, card: str, batch: int, seq: int, given: float | None, method:
     made = found.bytes["activations"] + found.bytes["logits"]
     cells = [found.total, found.bytes["weights"], working, made, found.host]
     told = " | ".join(f"{size / GIB:.2f}" for size in cells)
-    return f"{start} {told} | K={choice.chunks}, checkpointing {saved} |"
+    settings = f"K={choice.chunks}, checkpointing {saved}"
+    if choice.stream_weights:
+        settings += ", weights streamed"
+    if found.disk:
+        settings += f", {found.disk / GIB:.2f} on disk"
+    return f"{start} {told} | {settings} |"
 
 
 def main() -> None:

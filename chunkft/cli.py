@@ -133,6 +133,11 @@ def _plan(words: list[str]) -> int:
     parser.add_argument("--layout", choices=["spread", "stream"], default="spread")
     parser.add_argument("--store", default="host", help="host, device, or a directory [host]")
     parser.add_argument(
+        "--stream-weights",
+        action="store_true",
+        help="weights visit the device layer by layer; chosen too where nothing fits without",
+    )
+    parser.add_argument(
         "--state-bits", type=int, choices=[32, 8], default=32, help="of resting moments [32]"
     )
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from chunkft.core.store import page_lock, page_unlock
 from chunkft.memory.units import Unit
@@ -138,6 +139,8 @@ class Arena:
         self.peak = max(self.peak, sum(held.nbytes for held in self.held))
 
     def _fill(self, slot: Slot, unit: Unit) -> None:
+        if isinstance(slot.bytes, FakeTensor):
+            return  # a dry run: nothing to copy, and its mode is not in this thread
         source, room = unit.bytes, slot.bytes[: unit.nbytes]
         if self._lane is None:
             room.copy_(source)

@@ -1,26 +1,32 @@
 """A dry run: real training steps on tensors that have no memory, seen by the meter.
 
-Model, loss, ChunkedOptimizer and its rule are the very ones of the run; torch's fake tensors have
-shapes and lifetimes but no bytes. What a step asks of its data is answered here: comparisons hold,
-norms are finite, no element of a master is an exception, every position has a label.
+Model, loss, ChunkedOptimizer and its rule are the very ones of the run, and so are streamed
+weights; torch's fake tensors have shapes and lifetimes but no bytes. What a step asks of its data
+is answered here: comparisons hold, norms are finite, no element of a master is an exception, every
+position has a label.
 """
 
 import warnings
+import weakref
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.core.partition import Slice
+from chunkft.core.residence import residence_of
 from chunkft.core.store import State, nbytes
 from chunkft.memory.meter import Measured, Meter
+from chunkft.memory.streaming import WeightStream
 
 aten: Any = torch.ops.aten
 
@@ -79,7 +85,11 @@ class DryRun:
     elements: int
     """Of all chunks."""
     offloaded: int = 0
-    """Bytes of saved tensors that wait on the host during backward."""
+    """Most bytes of checkpointed layers' inputs that wait on the host at once."""
+    homes: int = 0
+    """Bytes of streamed weights where they rest."""
+    copied: int = 0
+    """Bytes of streamed weights that are brought to the device in a step."""
 
     @property
     def highest(self) -> dict[str, int]:
@@ -104,11 +114,14 @@ def dry_run(
     Args:
         backward: the forward and backward passes of one optimizer step.
         vocabulary: width of the logits.
-        offload: what backward needs waits on the host.
+        offload: inputs of checkpointed layers wait on the host.
     """
-    away = _Away(model)
+    away = _Away()
     if offload:
-        stay, backward = backward, lambda: away.around(stay)
+        away.attach(model)
+    stream = residence_of(model)
+    assert stream is None or isinstance(stream, WeightStream)
+    copied = 0
     chunks = [0] if optimizer.exact else list(chunks)
     found: list[Measured] = []
     flops: list[int] = []
@@ -120,9 +133,11 @@ def dry_run(
         # back to the same chunk, whose state comes from the store now
         _visit(optimizer, k)
         meter = Meter(model, optimizer, vocabulary)
+        before = stream.arena.copied if stream else 0
         with meter:
             backward()
             optimizer.step()
+        copied = max(copied, stream.arena.copied - before if stream else 0)
         found.append(meter.measured())
         flops.append(counter.get_total_flops())
     sizes = optimizer.partition.sizes()
@@ -132,7 +147,8 @@ def dry_run(
         resting = _resting(optimizer) * sum(sizes) / sum(sizes[k] for k in set(chunks))
         if len(sizes) == 1:  # it never rests
             resting = 0.0
-    return DryRun(found, flops, resting, max(sizes), sum(sizes), away.most)
+    homes = sum(unit.nbytes for unit in stream.units) if stream else 0
+    return DryRun(found, flops, resting, max(sizes), sum(sizes), away.most, homes, copied)
 
 
 def _resting(optimizer: ChunkedOptimizer) -> float:
@@ -148,29 +164,46 @@ def _resting(optimizer: ChunkedOptimizer) -> float:
 
 
 class _Away:
-    """Saved tensors that leave the device between forward and backward, their bytes counted."""
+    """Inputs of checkpointed layers that leave the device until backward, their bytes counted.
 
-    def __init__(self, model: nn.Module):
-        self.weights = {id(p.untyped_storage()) for p in model.parameters()}
+    The same hooks at the same place as transformers' `activation_checkpointing_enable(
+    offload=True)`, whose host memory the meter would take for the device's here.
+    """
+
+    def __init__(self) -> None:
         self.now = self.most = 0
 
-    def around(self, backward: Callable[[], Any]) -> Any:
-        self.now = 0
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
-            return backward()
+    def attach(self, model: nn.Module) -> None:
+        for module in model.modules():
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if function is not None:
+                module.__dict__["_gradient_checkpointing_func"] = partial(self._around, function)
 
-    def _pack(self, tensor: Tensor) -> Any:
-        if id(tensor.untyped_storage()) in self.weights:
-            return tensor
-        self.now += tensor.numel() * tensor.element_size()
+    def _around(self, checkpoint: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with saved_tensors_hooks(self._pack, self._unpack):
+            return checkpoint(*args, **kwargs)
+
+    def _pack(self, tensor: Tensor) -> "_Kept":
+        kept = _Kept(tensor.shape, tensor.dtype)
+        size = tensor.numel() * tensor.element_size()
+        weakref.finalize(kept, self._count, -size)
+        self._count(size)
+        return kept
+
+    def _unpack(self, kept: "_Kept") -> Tensor:
+        return torch.empty(kept.shape, dtype=kept.dtype)
+
+    def _count(self, size: int) -> None:
+        self.now += size
         self.most = max(self.most, self.now)
-        return tensor.shape, tensor.stride(), tensor.dtype
 
-    def _unpack(self, kept: Any) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        shape, strides, dtype = kept
-        return torch.empty_strided(shape, strides, dtype=dtype)
+
+@dataclass(frozen=True)
+class _Kept:
+    """What backward must know of a tensor that is away."""
+
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 def _visit(optimizer: ChunkedOptimizer, chunk: int) -> None:

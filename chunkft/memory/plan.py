@@ -1,22 +1,24 @@
 """The plan: settings under which a run fits into a memory, and what it will take, by kind.
 
-Every rung of `LADDER` is tried, cheapest steps first, by a dry run of real steps (dry_run.py). Of
+Every rung of `ladder` is tried, cheapest steps first, by a dry run of real steps (dry_run.py). Of
 one dry run follow all K: gradient, master, state and workspace go with the largest chunk, the rest
 stays. The settings chosen are run dry themselves before anything is promised.
 
     device   weights + activations + logits + gradient + master + state + workspace, at the peak
-    host     resting state where it is not on the device, the process itself, offloaded inputs
-    disk     resting state of a store on disk
+    host     resting state and streamed weights where they rest there, the process itself,
+             offloaded inputs
+    disk     the same two where the store is a directory
     seconds  at least the largest of: FLOPs / device's FLOPs a second, bytes over the bus / bus,
              bytes moved in host memory / its bandwidth
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from chunkft.core.store import GIB, Store
-from chunkft.errors import ChunkFTError
+from chunkft.errors import ChunkFTError, InputError
 from chunkft.memory.budget import HOST_BANDWIDTH, Device
 from chunkft.memory.dry_run import DryRun
 from chunkft.memory.eight_bit import EightBitMoments
@@ -52,8 +54,14 @@ class Choice:
     checkpointing: bool = False
     offload: bool = False
     """Inputs of checkpointed layers wait on the host."""
+    stream_weights: bool = False
+    """Weights rest where the state does and visit the device layer by layer."""
     state_bits: int = 32
     """Of resting moments: 32 or 8."""
+
+    @property
+    def rests_on_disk(self) -> bool:
+        return self.store not in ("host", "device")
 
 
 Trial = Callable[[Choice], DryRun]
@@ -75,6 +83,8 @@ class Plan:
     """Lower bounds of one optimizer step: flop, bus, host."""
     memory: int
     """What was given, in bytes."""
+    homes: int = 0
+    """Bytes of streamed weights where they rest."""
 
     @property
     def total(self) -> int:
@@ -109,11 +119,16 @@ class Limits(NamedTuple):
 def ladder(start: Choice, on_host: bool, free: Sequence[str]) -> Iterator[Choice]:
     """`start` and what takes less memory, cheapest steps first; only what is `free` changes."""
     yield start
-    if "checkpointing" in free:
-        start = replace(start, checkpointing=True)
-        yield start
-    if "offload" in free and start.checkpointing and not on_host:
-        yield replace(start, offload=True)
+    rung = start
+    if "checkpointing" in free and not start.checkpointing:
+        rung = replace(start, checkpointing=True)
+        yield rung
+    if "offload" in free and rung.checkpointing and not (rung.offload or on_host):
+        yield replace(rung, offload=True)
+    # on the host itself only a disk takes weights away
+    apart = start.rests_on_disk or not on_host
+    if "stream_weights" in free and apart and not start.stream_weights:
+        yield from ladder(replace(start, stream_weights=True), on_host, free)
 
 
 def make_plan(
@@ -121,17 +136,54 @@ def make_plan(
 ) -> Plan:
     """The first rung that fits with at most PREFERRED chunks, else the one with the fewest.
 
+    Weights are streamed where nothing fits otherwise: their way over the bus takes longer than the
+    step of a small batch.
+
     Args:
         trial: a dry run of a choice.
         start: the settings that are cheapest to run.
-        free: names of settings that may change: chunks, checkpointing, offload.
+        free: names of settings that may change: chunks, checkpointing, offload, stream_weights.
 
     Raises:
         DoesNotFitError: nothing fits; it says the floor and what would reach it.
     """
-    found: list[Plan] = []
     refused: list[Plan] = []
-    for rung in ladder(start, device.bus == 0, free):
+    rungs = ladder(start, device.bus == 0, free)
+    for streamed, same in groupby(rungs, key=lambda rung: rung.stream_weights):
+        try:
+            found = _search(trial, same, limits, device, free, refused)
+        except InputError:
+            if streamed == start.stream_weights:
+                raise
+            # no layers that could be streamed, which nobody asked for
+            rest = [name for name in free if name != "stream_weights"]
+            return make_plan(trial, start, limits, device, rest)
+        if found:
+            return min(found, key=lambda plan: plan.choice.chunks)
+        if _lack_host(refused, limits, device):
+            break
+    if by_host := _lack_host(refused, limits, device):
+        floor = min(by_host, key=lambda plan: plan.host)
+    else:
+        floor = min(refused, key=lambda plan: _needed(plan, device))
+    needed = _needed(floor, device)
+    cure = _cure(floor, needed, limits, device, free)
+    if not by_host:
+        cure += _by_streaming(trial, start, needed, limits, device, free)
+    raise DoesNotFitError(cure, needed)
+
+
+def _search(
+    trial: Trial,
+    rungs: Iterable[Choice],
+    limits: Limits,
+    device: Device,
+    free: Sequence[str],
+    refused: list[Plan],
+) -> list[Plan]:
+    """What fits of `rungs`, up to the first with few enough chunks; `refused` gets the others."""
+    found: list[Plan] = []
+    for rung in rungs:
         tried = trial(rung)
         for choice in _by_chunks(rung, free):
             plan = _predict(choice, tried, rung, limits, device)
@@ -141,17 +193,40 @@ def make_plan(
                 found.append(plan)
                 break
             refused.append(plan)
-        if found and found[-1].choice.chunks <= max(PREFERRED, start.chunks):
-            return found[-1]
-    if found:
-        return min(found, key=lambda plan: plan.choice.chunks)
-    by_host = [plan for plan in refused if plan.total <= limits.device]
-    if device.bus == 0 or by_host:
-        floor = min(by_host or refused, key=lambda plan: plan.host)
-    else:
-        floor = min(refused, key=lambda plan: plan.total)
-    needed = floor.host if device.bus == 0 else floor.total
-    raise DoesNotFitError(_cure(floor, needed, limits, device, free), needed)
+        if found and found[-1].choice.chunks <= max(PREFERRED, rung.chunks):
+            break
+        too_large = not found and refused[-1].bytes["weights"] > limits.device
+        if too_large and "stream_weights" in free and not rung.stream_weights:
+            break  # the weights alone have no room, whatever else is done
+    return found
+
+
+def _lack_host(refused: Sequence[Plan], limits: Limits, device: Device) -> list[Plan]:
+    """What a card has room for, but not the host beside it."""
+    return [plan for plan in refused if device.bus and plan.total <= limits.device]
+
+
+def _needed(plan: Plan, device: Device) -> int:
+    """Bytes of the memory that is bounded."""
+    return plan.host if device.bus == 0 else plan.total
+
+
+def _by_streaming(
+    trial: Trial, start: Choice, needed: int, limits: Limits, device: Device, free: Sequence[str]
+) -> str:
+    """What streamed weights would take, where they were not to be chosen and take less."""
+    on_host = device.bus == 0
+    if start.stream_weights or "stream_weights" in free or (on_host and not start.rests_on_disk):
+        return ""
+    *_, rung = ladder(replace(start, stream_weights=True), on_host, free)
+    *_, choice = _by_chunks(rung, free)
+    try:
+        plan = _predict(choice, trial(rung), rung, limits, device)
+    except InputError:
+        return ""
+    if _needed(plan, device) >= needed:
+        return ""
+    return f", or --stream-weights ({_needed(plan, device) / GIB:.2f} GiB)"
 
 
 def _by_chunks(rung: Choice, free: Sequence[str]) -> Iterator[Choice]:
@@ -186,18 +261,21 @@ def _predict(choice: Choice, tried: DryRun, at: Choice, limits: Limits, device: 
     if not on_host:
         peak["workspace"] += LIBRARY
     resting = round(tried.resting)
-    rests = {"host": resting if choice.store == "host" else 0}
-    rests["disk"] = resting if choice.store not in ("host", "device") else 0
+    host, disk = PROCESS + tried.offloaded, 0
+    if choice.rests_on_disk:
+        disk = resting + tried.homes
+    else:
+        host += tried.homes + (resting if choice.store == "host" else 0)
     largest = tried.largest * share
     moved = 2 * resting * largest / tried.elements / choice.interval if choice.chunks > 1 else 0
     if choice.method == "exact":
         moved = 2 * resting
-    moved += 2 * tried.offloaded
+    moved += 2 * tried.offloaded + tried.copied
     seconds = {"flop": sum(tried.flops) / len(tried.flops) / device.flops}
     seconds["bus"] = 0.0 if on_host else moved / device.bus
     seconds["host"] = moved / (device.bandwidth if on_host else HOST_BANDWIDTH)
-    host = PROCESS + rests["host"] + tried.offloaded + (sum(peak.values()) if on_host else 0)
-    return Plan(choice, peak, highest, resting, host, rests["disk"], seconds, limits.device)
+    host += sum(peak.values()) if on_host else 0
+    return Plan(choice, peak, highest, resting, host, disk, seconds, limits.device, tried.homes)
 
 
 def _fits(plan: Plan, limits: Limits, device: Device) -> bool:
@@ -223,10 +301,11 @@ def _cure(floor: Plan, needed: int, limits: Limits, device: Device, free: Sequen
     if device.bus and floor.total <= limits.device and limits.host:
         return (
             f"needs {floor.host / GIB:.2f} GiB of host memory, {limits.host / GIB:.2f} given: "
-            f"--store DIR puts {floor.resting / GIB:.2f} GiB of state on disk"
+            f"--store DIR puts {(floor.resting + floor.homes) / GIB:.2f} GiB of state on disk"
         )
+    where = " with --stream-weights" if floor.choice.stream_weights else ""
     return (
-        f"needs {needed / GIB:.2f} GiB at least, {limits.device / GIB:.2f} given (most of it "
-        f"{largest}: {floor.bytes[largest] / GIB:.2f} GiB); would fit: --memory "
+        f"needs {needed / GIB:.2f} GiB at least{where}, {limits.device / GIB:.2f} given (most of "
+        f"it {largest}: {floor.bytes[largest] / GIB:.2f} GiB); would fit: --memory "
         f"{needed / GIB * 1.01:.2f}GiB, or {', or '.join(cures)}"
     )

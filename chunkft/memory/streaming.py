@@ -159,9 +159,9 @@ class WeightStream:
         """Unit and byte offset of a tensor that lies in a slot."""
         if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
             return None  # without a storage of its own, so in no slot
-        base = tensor.untyped_storage().data_ptr()
+        storage = tensor.untyped_storage()  # the object, since fake tensors have no address
         for slot in self.arena.slots:
-            if slot.bytes.data_ptr() == base:
+            if slot.bytes.untyped_storage() is storage:
                 assert slot.unit is not None
                 return slot.unit, int(tensor.storage_offset()) * tensor.element_size()
         return None

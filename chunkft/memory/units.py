@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from chunkft.core.store import ALIGN, GIB
 from chunkft.errors import InputError, UnsupportedError
@@ -73,6 +74,21 @@ class Unit:
         Raises:
             InputError: the disk has no room.
         """
+        if isinstance(next(iter(self.parameters.values())), FakeTensor):  # nothing to map
+            self.bytes = torch.empty(self.nbytes, dtype=torch.uint8)
+            self.homes = [
+                torch.empty_strided(p.shape, p.strides, dtype=p.dtype) for p in self.places
+            ]
+        else:
+            self._map(folder)
+        for (name, parameter), home in zip(self.parameters.items(), self.homes, strict=True):
+            if parameter.is_meta:
+                _fill(f"{self.name}.{name}", parameter, home, fill)
+            else:
+                home.copy_(parameter.data)
+                parameter.data = home  # what held it until now is free, unless others hold it too
+
+    def _map(self, folder: Path | None) -> None:
         # shared also where it is memory: a forked data loader would break page-locking by copies
         if folder is None:
             memory = mmap.mmap(-1, self.nbytes)
@@ -85,12 +101,6 @@ class Unit:
             )
             for p in self.places
         ]
-        for (name, parameter), home in zip(self.parameters.items(), self.homes, strict=True):
-            if parameter.is_meta:
-                _fill(f"{self.name}.{name}", parameter, home, fill)
-            else:
-                home.copy_(parameter.data)
-                parameter.data = home  # what held it until now is free, unless others hold it too
 
 
 def _mapped_file(folder: Path, size: int) -> mmap.mmap:
@@ -174,6 +184,8 @@ def _unit(name: str, module: nn.Module, uses: dict[int, set[nn.Module]]) -> Unit
 
 
 def _check(name: str, parameter: nn.Parameter) -> None:
+    if isinstance(parameter, FakeTensor):
+        return  # plain, of a dry run
     if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
         kind = type(parameter if type(parameter) is not nn.Parameter else parameter.data)
         raise UnsupportedError(

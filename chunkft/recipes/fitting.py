@@ -1,5 +1,6 @@
 """`--memory`: settings of a run that fit, by the plan."""
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -7,35 +8,53 @@ import torch
 from transformers import Trainer
 
 from chunkft.core.store import GIB
-from chunkft.errors import InputError
-from chunkft.memory.budget import parse_bytes, this_computer
+from chunkft.memory.budget import Device, parse_bytes, this_computer
 from chunkft.memory.plan import Choice, Limits, Plan
 from chunkft.recipes.job import Job
-from chunkft.recipes.planning import Workload, plan
+from chunkft.recipes.planning import OFFLOAD, Workload, plan
 from chunkft.train.config import Rotation, choose_rotation
+
+CHECKPOINTING = {"gradient_checkpointing", "activation_checkpointing"}
+
+
+def must_stream(job: Job, model: Any, device: Device) -> bool:
+    """Whether the weights alone have no room on a card: then they never go there as a whole."""
+    if job.chunk.memory is None or not _may_stream(job) or device.bus == 0:
+        return False
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return size > parse_bytes(job.chunk.memory)
+
+
+def _may_stream(job: Job) -> bool:
+    return "stream_weights" not in job.given and not job.model.use_peft
 
 
 def fit(
     job: Job, trainer: Trainer, rotation: Rotation, steps: int, resuming: bool
 ) -> tuple[Rotation, Plan]:
-    """K and checkpointing for `--memory`, where nobody has set them; the latter into the trainer.
+    """What `--memory` leaves open, chosen: K; checkpointing and offload, set in the trainer's
+    arguments; streamed weights, set in the job.
 
     Raises:
         DoesNotFitError: nothing fits.
         InputError: what fits needs more chunks than the run has steps for.
     """
     args, settings = trainer.args, job.chunk
-    if settings.stream_weights:
-        raise InputError(
-            "--memory with --stream_weights: streamed weights are not planned yet; leave one out"
-        )
+    model: Any = trainer.model
     free: list[str] = []
     if settings.chunks is None and settings.method != "full" and not resuming:
         free.append("chunks")
     checkpointing = bool(args.activation_checkpointing)
-    if not {"gradient_checkpointing", "activation_checkpointing"} & job.given:
+    if not CHECKPOINTING & job.given:
         free.append("checkpointing")
         checkpointing = False
+    kwargs = args.activation_checkpointing_kwargs
+    kwargs = dict(kwargs) if isinstance(kwargs, dict) else {}
+    offload = bool(getattr(args, "activation_offloading", False) or kwargs.get("offload"))
+    if "activation_offloading" not in job.given and "offload" not in kwargs and _offloads(model):
+        free.append("offload")
+    if _may_stream(job) and not settings.stream_weights:
+        free.append("stream_weights")
     start = Choice(
         settings.method,
         rotation.chunks,
@@ -43,20 +62,27 @@ def fit(
         settings.layout,
         settings.store,
         checkpointing,
-        bool(getattr(args, "activation_offloading", False)),
+        offload,
+        settings.stream_weights,
         settings.state_bits,
     )
     if settings.method == "exact":  # slices in the model's order
         start = replace(start, layout="stream")
     assert settings.memory is not None
     limits = Limits(parse_bytes(settings.memory))
-    model: Any = trainer.model
     found = plan(model.config, _load(trainer, model), limits, this_computer(), start, tuple(free))
-    args.activation_checkpointing = args.gradient_checkpointing = found.choice.checkpointing
+    choice = found.choice
+    args.activation_checkpointing = args.gradient_checkpointing = choice.checkpointing
+    if choice.offload and not offload:
+        kwargs = {"use_reentrant": False} | kwargs | OFFLOAD
+        args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = kwargs
+    settings.stream_weights = choice.stream_weights
+    saved = "offloaded" if choice.offload else "on" if choice.checkpointing else "off"
     print(
         f"plan for {settings.memory}: {found.total / GIB:.2f} GiB of tensors at the peak, "
-        f"{found.resting / GIB:.2f} GiB resting ({found.choice.store}), {found.choice.chunks} "
-        f"chunks, activation checkpointing {'on' if found.choice.checkpointing else 'off'}",
+        f"{(found.resting + found.homes) / GIB:.2f} GiB resting ({choice.store}), "
+        f"{choice.chunks} chunks, activation checkpointing {saved}, weights "
+        f"{'streamed' if choice.stream_weights else 'on the device'}",
         flush=True,
     )
     if settings.method != "chunk":
@@ -64,6 +90,12 @@ def fit(
     elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
     chunks, interval = found.choice.chunks, found.choice.interval
     return choose_rotation(chunks, interval, steps, elements, interval), found
+
+
+def _offloads(model: Any) -> bool:
+    """Whether checkpointing of this transformers takes `offload`."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    return enable is not None and "offload" in inspect.signature(enable).parameters
 
 
 def _load(trainer: Trainer, model: Any) -> Workload:
@@ -80,4 +112,10 @@ def _load(trainer: Trainer, model: Any) -> Workload:
         rule=rule if isinstance(rule, type) else torch.optim.AdamW,
         kwargs=kwargs,
         attention=model.config._attn_implementation or "sdpa",
+        # a row alone is never padded
+        masked=args.per_device_train_batch_size > 1 or _packs(args),
     )
+
+
+def _packs(args: Any) -> bool:
+    return bool(getattr(args, "packing", False) or getattr(args, "padding_free", False))

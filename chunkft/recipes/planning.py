@@ -19,11 +19,14 @@ from chunkft.memory.budget import DEVICES, Device, device_of, parse_bytes, small
 from chunkft.memory.dry_run import DryRun, dry_run, fake
 from chunkft.memory.eight_bit import EightBitMoments
 from chunkft.memory.plan import Choice, DoesNotFitError, Limits, Plan, make_plan
+from chunkft.memory.streaming import stream_weights
 from chunkft.models.losses import install_head, is_plain_head
 from chunkft.models.shapes import config_of
 from chunkft.train.config import FEWEST_CHUNKS
 
-FREE = ("chunks", "checkpointing", "offload")
+# transformers' own: inputs of checkpointed layers in page-locked memory until backward
+OFFLOAD = {"offload": True}
+FREE = ("chunks", "checkpointing", "offload", "stream_weights")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Workload:
     kwargs: dict[str, Any] | None = None
     """Of the rule."""
     attention: str = "sdpa"
+    masked: bool = False
+    """Rows are padded or packed, so that attention needs a mask of batch x seq x seq."""
 
 
 class _Host(Store):
@@ -60,6 +65,9 @@ def checkpoint_layers(model: Any) -> None:
 def trial_of(config: PretrainedConfig, load: Workload, on_host: bool) -> Callable[[Choice], DryRun]:
     """A dry run of the model of `config` under a choice of settings."""
 
+    # real: transformers leaves the mask out where it sees none masked, and it sees no fake values
+    seen = None if load.masked else torch.ones(load.batch, load.seq, dtype=torch.bool)
+
     def trial(choice: Choice) -> DryRun:
         with fake(), as_input_error(f"a dry run of {type(config).__name__}"):
             model = AutoModelForCausalLM.from_config(
@@ -67,6 +75,8 @@ def trial_of(config: PretrainedConfig, load: Workload, on_host: bool) -> Callabl
             ).train()
             if choice.checkpointing:
                 checkpoint_layers(model)
+            if choice.stream_weights:
+                stream_weights(model)
             settings: dict[str, Any] = {"chunks": choice.chunks, "exact": choice.method == "exact"}
             if choice.method != "exact":
                 settings |= {"interval": choice.interval, "layout": choice.layout}
@@ -82,10 +92,15 @@ def trial_of(config: PretrainedConfig, load: Workload, on_host: bool) -> Callabl
 
             def backward() -> None:
                 for _ in range(load.accumulation):
-                    loss = model(input_ids=ids, labels=ids, use_cache=False, **more).loss
+                    passed = {"input_ids": ids, "labels": ids, "attention_mask": seen, **more}
+                    loss = model(**passed, use_cache=False).loss
                     (loss / load.accumulation).backward()
 
-            chunks = (0,) if choice.layout == "spread" else (0, len(optimizer.partition) - 1)
+            last = len(optimizer.partition) - 1
+            # embedding and head are in the outer ones; streamed weights have leaves of their own,
+            # most of them where both this chunk and the next are inside layers
+            inside = {last // 2} if choice.stream_weights else set[int]()
+            chunks = [0] if choice.layout == "spread" else sorted({0, last} | inside)
             width = config.get_text_config().vocab_size
             return dry_run(model, optimizer, backward, chunks, width, choice.offload)
 
@@ -113,12 +128,11 @@ def run(options: argparse.Namespace) -> int:
     )
     load = Workload(options.seq, options.batch, options.accumulation, getattr(torch, options.dtype))
     start = Choice(options.method, options.chunks or FEWEST_CHUNKS, options.interval)
-    start = replace(
-        start, layout=options.layout, store=options.store, state_bits=options.state_bits
-    )
+    start = replace(start, layout=options.layout, store=options.store)
+    start = replace(start, stream_weights=options.stream_weights, state_bits=options.state_bits)
     if options.method == "full":
         start = replace(start, chunks=1)
-    free = ("checkpointing", "offload") if options.chunks else FREE
+    free = FREE[1:] if options.chunks else FREE
     try:
         found = plan(config_of(options.model), load, limits, device, start, free)
     except DoesNotFitError as error:
@@ -156,7 +170,10 @@ def as_text(found: Plan, name: str, load: Workload) -> str:
     lines += [f"  {kind:<32}{size / GIB:>9.2f}" for kind, size in found.bytes.items() if size]
     lines += [f"  {'total':<32}{found.total / GIB:>9.2f}   of {found.memory / GIB:.2f}"]
     lines += [f"{'host memory':<34}{found.host / GIB:>9.2f}"]
-    lines += [f"{'disk':<34}{found.disk / GIB:>9.2f}", ""]
+    lines += [f"{'disk':<34}{found.disk / GIB:>9.2f}"]
+    if found.homes:
+        lines += [f"{'  of these streamed weights':<34}{found.homes / GIB:>9.2f}"]
+    lines += [""]
     bounds = ", ".join(f"{name} {value:.3g}" for name, value in found.seconds.items())
     lines += [f"seconds a step, at least: {max(found.seconds.values()):.3g}  (bounds: {bounds})"]
     words = [f"--method {choice.method}"]
@@ -166,7 +183,10 @@ def as_text(found: Plan, name: str, load: Workload) -> str:
     if choice.method == "chunk":
         words.append(f"--layout {choice.layout} --interval {choice.interval}")
     words.append(f"--gradient_checkpointing {str(choice.checkpointing).lower()}")
-    words.append(f"--activation_offloading {str(choice.offload).lower()}")
+    if choice.offload:
+        words.append("--gradient_checkpointing_kwargs '" + json.dumps(OFFLOAD) + "'")
+    if choice.stream_weights:
+        words.append("--stream_weights true")
     return "\n".join([*lines, "settings: " + " ".join(words)])
 
 

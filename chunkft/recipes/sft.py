@@ -22,16 +22,17 @@ from trl import (
 )
 
 from chunkft.core.optimizer import ChunkedOptimizer
+from chunkft.core.residence import residence_of
 from chunkft.core.store import GIB
 from chunkft.data.packing import check_isolation
 from chunkft.errors import InputError, as_input_error
-from chunkft.memory.budget import card_peaks
+from chunkft.memory.budget import card_peaks, this_computer
 from chunkft.memory.plan import Plan
 from chunkft.memory.streaming import WeightStream, stream_weights
 from chunkft.models.load import load_model
 from chunkft.models.losses import install_head
 from chunkft.recipes import judging
-from chunkft.recipes.fitting import fit
+from chunkft.recipes.fitting import fit, must_stream
 from chunkft.recipes.job import Job
 from chunkft.recipes.records import Data, check_raw, check_tokenized, load_data
 from chunkft.train import checkpoints, report
@@ -94,7 +95,9 @@ def run(job: Job) -> int:
             cache_dir=Path(job.chunk.cache_dir).expanduser(),
             **_loading(job),
         )
-        stream = _stream(job, model)
+        job.chunk.stream_weights |= must_stream(job, model, this_computer())
+        if job.chunk.stream_weights:
+            _stream(job, model)
         check_raw(data.train, tokenizer, args)
     if args.completion_only_loss and "completion" not in data.train.column_names:
         print("warning: --completion_only_loss without effect: the records have no completion")
@@ -136,7 +139,7 @@ def run(job: Job) -> int:
         before=before,
         after=after,
         audit=audit,
-        bytes_by_kind={**_weight_bytes(model, stream), **sizes},
+        bytes_by_kind={**_weight_bytes(model), **sizes},
         peak_gib=peak_memory_gib(),
         card=card_peaks(),
         seconds=watching.seconds,
@@ -180,11 +183,6 @@ def _check(job: Job) -> None:
         raise InputError(
             "--stream_weights with --use_peft: adapters are put around layers, which would visit "
             "the device without them; leave one of the two out"
-        )
-    if job.chunk.stream_weights and job.chunk.memory is not None:
-        raise InputError(
-            f"--memory {job.chunk.memory} with --stream_weights: the plan counts weights that stay "
-            f"on the device; leave --memory out and choose --chunks"
         )
     if not job.model.use_peft and (job.model.load_in_4bit or job.model.load_in_8bit):
         raise InputError(
@@ -262,12 +260,15 @@ def _build_chunks(
 ) -> tuple[ChunkedOptimizer, Plan | None]:
     """The optimizer; what nobody set comes from the checkpoint `found`, else from our rules."""
     args, steps = trainer.args, planned_steps(trainer)
+    model: Any = trainer.model
     kept = checkpoints.kept(found) if found else None
     if kept:
         _take_over(job, kept)
     rotation, planned = _rotation(job, trainer, steps, kept), None
     if job.chunk.memory is not None:
         rotation, planned = fit(job, trainer, rotation, steps, resuming=kept is not None)
+        if job.chunk.stream_weights and residence_of(model) is None:
+            _stream(job, model)
     if job.chunk.method == "chunk" and "learning_rate" not in job.given:
         args.learning_rate = choose_learning_rate(rotation.chunks, job.chunk.layout)
     if kept and kept.learning_rate is not None:
@@ -354,19 +355,17 @@ def _settings(job: Job, optimizer: ChunkedOptimizer) -> dict[str, Any]:
     }
 
 
-def _stream(job: Job, model: PreTrainedModel) -> WeightStream | None:
-    if not job.chunk.stream_weights:
-        return None
+def _stream(job: Job, model: PreTrainedModel) -> None:
     rest = "host" if job.chunk.store in ("host", "device") else job.chunk.store
     stream = stream_weights(model, rest=rest, device=job.training.device)
-    each, sizes = stream.nbytes["slots"] / 2, _weight_bytes(model, stream)
+    each, sizes = stream.nbytes["slots"] / 2, _weight_bytes(model)
     told = ", ".join(f"{kind} {size / GIB:.2f} GiB" for kind, size in sizes.items())
     print(f"{told}; {len(stream.units)} units of {each / GIB:.3f} GiB at most visit 2 slots")
-    return stream
 
 
-def _weight_bytes(model: PreTrainedModel, stream: WeightStream | None) -> dict[str, int]:
-    if stream is None:
+def _weight_bytes(model: PreTrainedModel) -> dict[str, int]:
+    stream = residence_of(model)
+    if not isinstance(stream, WeightStream):
         return {"weights": sum(p.numel() * p.element_size() for p in model.parameters())}
     sizes = stream.nbytes
     (rest,) = sizes.keys() - {"slots", "resident"}

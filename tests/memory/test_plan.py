@@ -17,9 +17,10 @@ ALL = ("chunks", "checkpointing", "offload")
 
 
 def trial(choice: Choice) -> DryRun:
-    """10 GiB of weights; state 64/K, gradient and master 16/K; activations 4, 2 or 1."""
+    """10 GiB of weights, 2 if streamed; state 64/K, gradient, master 16/K; activations 4, 2, 1."""
     activations = 1 if choice.offload else 2 if choice.checkpointing else 4
-    held = {"weights": 10, "state": 64 / choice.chunks, "activations": activations}
+    weights = 2 if choice.stream_weights else 10
+    held = {"weights": weights, "state": 64 / choice.chunks, "activations": activations}
     moving = dict.fromkeys(("gradient", "master"), 16 / choice.chunks)
 
     def reading(**more: float) -> Reading:
@@ -31,7 +32,8 @@ def trial(choice: Choice) -> DryRun:
     measured = Measured(peak, highest, 40 * GIB, timeline)
     away = GIB if choice.offload else 0
     flops = 10**13 * (4 if choice.checkpointing else 3)
-    return DryRun([measured], [flops], 40 * GIB, 10**9 // choice.chunks, 10**9, away)
+    streamed = (10 * GIB, 20 * GIB) if choice.stream_weights else (0, 0)
+    return DryRun([measured], [flops], 40 * GIB, 10**9 // choice.chunks, 10**9, away, *streamed)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,67 @@ def test_host_and_disk() -> None:
     assert plan.disk == 40 * GIB and plan.host == plan.total + GIB and not plan.choice.offload
     with pytest.raises(DoesNotFitError, match=r"41\.00 GiB of host memory, 20\.00 given"):
         make_plan(trial, Choice(), Limits(24 * GIB, host=20 * GIB), CARD, ALL)
+
+
+OPEN = (*ALL, "stream_weights")
+
+
+@pytest.mark.parametrize(
+    ("given", "chunks", "checkpointing", "offload"),
+    [(9.5, 32, False, False), (6, 64, True, False), (3.2, 1024, True, True)],
+)
+def test_weights_are_streamed_where_nothing_fits_without(
+    given: float, chunks: int, checkpointing: bool, offload: bool
+) -> None:
+    tried: list[Choice] = []
+
+    def counted(choice: Choice) -> DryRun:
+        tried.append(choice)
+        return trial(choice)
+
+    plan = make_plan(counted, Choice(), Limits(round(given * GIB)), CARD, OPEN)
+    choice = plan.choice
+    assert (choice.chunks, choice.checkpointing, choice.offload) == (chunks, checkpointing, offload)
+    assert choice.stream_weights and plan.total <= given * GIB
+    assert plan.homes == 10 * GIB and plan.host == (51 + choice.offload) * GIB
+    moved = 2 * 40 * GIB / chunks + 2 * choice.offload * GIB + 20 * GIB
+    assert plan.seconds["bus"] == pytest.approx(moved / 25e9, rel=0.01)
+    # 10 GiB of weights alone have no room, so one dry run without streaming says it all
+    assert [choice.stream_weights for choice in tried[:2]] == [False, True]
+    assert not make_plan(trial, Choice(), Limits(12 * GIB), CARD, OPEN).choice.stream_weights
+
+
+def test_streaming_is_named_where_it_would_reach_it() -> None:
+    with pytest.raises(DoesNotFitError, match=r"or --stream-weights \(3\.\d\d GiB\)"):
+        make_plan(trial, Choice(), Limits(9 * GIB), CARD, ALL)
+    with pytest.raises(DoesNotFitError, match=r"needs 3\.\d\d GiB at least with --stream-weights"):
+        make_plan(trial, Choice(), Limits(2 * GIB), CARD, OPEN)
+
+
+def test_on_a_computer_weights_are_streamed_from_disk_only() -> None:
+    with pytest.raises(DoesNotFitError, match=r"at least, 9\.00") as error:
+        make_plan(trial, Choice(), Limits(9 * GIB), COMPUTER, OPEN)
+    assert "stream" not in str(error.value)
+    plan = make_plan(trial, Choice(store="runs/state"), Limits(9 * GIB), COMPUTER, OPEN)
+    assert plan.choice.stream_weights and plan.disk == 50 * GIB
+    assert plan.host == plan.total + GIB <= 9 * GIB
+
+
+def test_streamed_weights_need_room_on_the_host() -> None:
+    with pytest.raises(DoesNotFitError, match=r"needs 51\.00 GiB of host memory.*50\.00 GiB"):
+        make_plan(trial, Choice(), Limits(9 * GIB, host=45 * GIB), CARD, OPEN)
+
+
+def test_a_model_without_layers_is_not_streamed() -> None:
+    def flat(choice: Choice) -> DryRun:
+        if choice.stream_weights:
+            raise InputError("no ModuleList of layers")
+        return trial(choice)
+
+    with pytest.raises(DoesNotFitError, match=r"needs 11\.1\d GiB"):
+        make_plan(flat, Choice(), Limits(9 * GIB), CARD, OPEN)
+    with pytest.raises(InputError, match="no ModuleList"):
+        make_plan(flat, Choice(stream_weights=True), Limits(9 * GIB), CARD, OPEN)
 
 
 @pytest.mark.parametrize(
