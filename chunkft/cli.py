@@ -140,6 +140,14 @@ def _plan(words: list[str]) -> int:
     parser.add_argument(
         "--state-bits", type=int, choices=[32, 8], default=32, help="of resting moments [32]"
     )
+    parser.add_argument(
+        "--state-block",
+        type=int,
+        help="elements: state visits the device in the step only, so many at a time",
+    )
+    parser.add_argument(
+        "--resident-layers", type=int, default=0, help="that stay beside streamed weights [0]"
+    )
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--json", action="store_true", help="print the plan for programs")
     options = parser.parse_args(words)

@@ -450,7 +450,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             rule=type(self._rule.inner).__name__,
             moments=self.moments,
             exact=self.exact,
-            codec=self.store.codec and type(self.store.codec).__name__,
+            **self.store.settings,
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -81,6 +81,11 @@ class Store:
                     f"store={str(kind)!r}: {e.strerror}; name a writable directory"
                 ) from e
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the same bits need when a run goes on."""
+        return {"codec": self.codec and type(self.codec).__name__, "block": self.block}
+
     def put(self, key: str, state: State, resting: bool = True) -> None:
         """Keep `state`; the caller must not write to its tensors afterwards.
 

@@ -90,6 +90,8 @@ class DryRun:
     """Bytes of streamed weights where they rest."""
     copied: int = 0
     """Bytes of streamed weights that are brought to the device in a step."""
+    units: int = 0
+    """Layers, and embedding, that visit the device."""
 
     @property
     def highest(self) -> dict[str, int]:
@@ -145,10 +147,13 @@ def dry_run(
         resting = float(optimizer.store.nbytes)
     else:
         resting = _resting(optimizer) * sum(sizes) / sum(sizes[k] for k in set(chunks))
-        if len(sizes) == 1:  # it never rests
+        if len(sizes) == 1 and not optimizer.store.block:  # it never rests
             resting = 0.0
-    homes = sum(unit.nbytes for unit in stream.units) if stream else 0
-    return DryRun(found, flops, resting, max(sizes), sum(sizes), away.most, homes, copied)
+    units = stream.units if stream else []
+    homes = sum(unit.nbytes for unit in units)
+    return DryRun(
+        found, flops, resting, max(sizes), sum(sizes), away.most, homes, copied, len(units)
+    )
 
 
 def _resting(optimizer: ChunkedOptimizer) -> float:

@@ -28,6 +28,8 @@ MOVING = ("gradient", "master", "state", "workspace")  # kinds that go with the 
 PROCESS = GIB  # interpreter and libraries
 LIBRARY = 32 * 2**20  # cuBLAS's workspace, which the allocator counts
 PREFERRED, MOST = 64, 1024  # chunks: what still learns well (LOG.md), and what is tried at all
+BLOCK = 4 * 2**20  # elements; 64 MiB of fp32 gradient, master and moments
+FEWEST_STREAMED = 3  # units: two slots are there anyway
 
 
 class DoesNotFitError(ChunkFTError, ValueError):
@@ -58,6 +60,10 @@ class Choice:
     """Weights rest where the state does and visit the device layer by layer."""
     state_bits: int = 32
     """Of resting moments: 32 or 8."""
+    block: int | None = None
+    """Elements of the active chunk's state that are on the device at once, in the step only."""
+    resident_layers: int = 0
+    """Layers that stay on the device beside streamed weights, the last ones."""
 
     @property
     def rests_on_disk(self) -> bool:
@@ -85,6 +91,8 @@ class Plan:
     """What was given, in bytes."""
     homes: int = 0
     """Bytes of streamed weights where they rest."""
+    units: int = 0
+    """Layers, and embedding, that they are."""
 
     @property
     def total(self) -> int:
@@ -96,8 +104,10 @@ class Plan:
         choice = self.choice
         if choice.method == "full":
             return {"chunks": 1, "interval": 1}
-        eight = choice.state_bits == 8
-        store = Store(choice.store, EightBitMoments()) if eight else choice.store
+        codec = EightBitMoments() if choice.state_bits == 8 else None
+        store: str | Store = choice.store
+        if codec or choice.block:
+            store = Store(choice.store, codec, choice.block)
         if choice.method == "exact":
             return {"chunks": choice.chunks, "store": store, "exact": True}
         return {
@@ -124,9 +134,12 @@ def ladder(start: Choice, on_host: bool, free: Sequence[str]) -> Iterator[Choice
         rung = replace(start, checkpointing=True)
         yield rung
     if "offload" in free and rung.checkpointing and not (rung.offload or on_host):
-        yield replace(rung, offload=True)
-    # on the host itself only a disk takes weights away
-    apart = start.rests_on_disk or not on_host
+        rung = replace(rung, offload=True)
+        yield rung
+    # on the host itself only a disk takes state and weights away
+    apart = start.rests_on_disk or (start.store == "host" and not on_host)
+    if "block" in free and apart and rung.method == "chunk" and rung.block is None:
+        yield replace(rung, block=BLOCK)
     if "stream_weights" in free and apart and not start.stream_weights:
         yield from ladder(replace(start, stream_weights=True), on_host, free)
 
@@ -142,7 +155,8 @@ def make_plan(
     Args:
         trial: a dry run of a choice.
         start: the settings that are cheapest to run.
-        free: names of settings that may change: chunks, checkpointing, offload, stream_weights.
+        free: names of settings that may change: chunks, checkpointing, offload, block,
+            stream_weights.
 
     Raises:
         DoesNotFitError: nothing fits; it says the floor and what would reach it.
@@ -159,7 +173,9 @@ def make_plan(
             rest = [name for name in free if name != "stream_weights"]
             return make_plan(trial, start, limits, device, rest)
         if found:
-            return min(found, key=lambda plan: plan.choice.chunks)
+            best = min(found, key=lambda plan: plan.choice.chunks)
+            chosen = streamed and not start.stream_weights
+            return _keep_layers(trial, best, limits, device) if chosen else best
         if _lack_host(refused, limits, device):
             break
     if by_host := _lack_host(refused, limits, device):
@@ -199,6 +215,19 @@ def _search(
         if too_large and "stream_weights" in free and not rung.stream_weights:
             break  # the weights alone have no room, whatever else is done
     return found
+
+
+def _keep_layers(trial: Trial, plan: Plan, limits: Limits, device: Device) -> Plan:
+    """`plan` with as many layers on the device for good as have room beside all else."""
+    left = limits.device - _needed(plan, device)
+    layer = -(-plan.homes // plan.units)
+    most = min(left // layer, plan.units - FEWEST_STREAMED)
+    for count in range(most, max(most - 2, 0), -1):
+        choice = replace(plan.choice, resident_layers=count)
+        kept = _predict(choice, trial(choice), choice, limits, device)
+        if _fits(kept, limits, device):
+            return kept
+    return plan
 
 
 def _lack_host(refused: Sequence[Plan], limits: Limits, device: Device) -> list[Plan]:
@@ -242,14 +271,18 @@ def _by_chunks(rung: Choice, free: Sequence[str]) -> Iterator[Choice]:
 def _predict(choice: Choice, tried: DryRun, at: Choice, limits: Limits, device: Device) -> Plan:
     """What `choice` takes, from a dry run of the same rung with `at.chunks` chunks."""
     share = at.chunks / choice.chunks
+    largest = tried.largest * share
+    at_once = min(largest, choice.block or largest)
     on_host = device.bus == 0
     moves = not on_host and choice.store != "device" and choice.chunks > 1
     # one chunk's state as it rests: on a card it comes as a whole, its low bits stay along with it,
     # and the next chunk's comes while this one works (core/store.py). 8-bit moments wake beside it.
-    slab = round(tried.resting * tried.largest * share / tried.elements) if moves else 0
+    # With blocks all this is of a block, whatever the chunk has.
+    slab = round(tried.resting * at_once / tried.elements) if moves else 0
+    moving = ("gradient",) if choice.block else MOVING
 
     def scaled(held: dict[str, int]) -> dict[str, int]:
-        found = {k: round(held[k] * share) if k in MOVING else held[k] for k in KINDS}
+        found = {k: round(held[k] * share) if k in moving else held[k] for k in KINDS}
         if found["state"]:
             eight = choice.state_bits == 8
             found["state"] = max(found["state"] + slab * eight, slab) + slab
@@ -266,8 +299,8 @@ def _predict(choice: Choice, tried: DryRun, at: Choice, limits: Limits, device: 
         disk = resting + tried.homes
     else:
         host += tried.homes + (resting if choice.store == "host" else 0)
-    largest = tried.largest * share
-    moved = 2 * resting * largest / tried.elements / choice.interval if choice.chunks > 1 else 0
+    visit = 1 if choice.block else choice.interval  # steps between two ways over the bus
+    moved = 2 * resting * largest / tried.elements / visit if choice.chunks > 1 else 0
     if choice.method == "exact":
         moved = 2 * resting
     moved += 2 * tried.offloaded + tried.copied
@@ -275,7 +308,8 @@ def _predict(choice: Choice, tried: DryRun, at: Choice, limits: Limits, device: 
     seconds["bus"] = 0.0 if on_host else moved / device.bus
     seconds["host"] = moved / (device.bandwidth if on_host else HOST_BANDWIDTH)
     host += sum(peak.values()) if on_host else 0
-    return Plan(choice, peak, highest, resting, host, disk, seconds, limits.device, tried.homes)
+    memory, homes = limits.device, tried.homes
+    return Plan(choice, peak, highest, resting, host, disk, seconds, memory, homes, tried.units)
 
 
 def _fits(plan: Plan, limits: Limits, device: Device) -> bool:
@@ -295,7 +329,7 @@ def _cure(floor: Plan, needed: int, limits: Limits, device: Device, free: Sequen
         cures = ["a smaller model", *cures]
     if device.bus == 0 and floor.choice.store == "host":
         cures.insert(0, f"--store DIR ({floor.resting / GIB:.2f} GiB of state on disk)")
-    for name in ("chunks", "checkpointing", "offload"):
+    for name in ("chunks", "checkpointing", "offload", "block"):
         if name not in free and not (name == "offload" and device.bus == 0):
             cures.append(f"leaving {name} open")
     if device.bus and floor.total <= limits.device and limits.host:

@@ -360,6 +360,7 @@ def stream_weights(
     rest: str | Path = HOST,
     device: torch.device | str | None = None,
     units: Sequence[nn.Module] | None = None,
+    resident: int = 0,
     fill: Fill | None = None,
 ) -> WeightStream:
     """Let the weights of `model` rest elsewhere and visit `device` unit by unit.
@@ -372,6 +373,7 @@ def stream_weights(
         rest: "host", or a directory whose disk has room for the weights.
         device: where they work; None is where they are now. On a CPU it is an accounted arena.
         units: what visits as a whole; None takes the layers, and an untied input embedding.
+        resident: layers, the last ones of those, that stay on the device all the same.
         fill: writes the first value of a parameter on the meta device: (name, empty tensor).
 
     Raises:
@@ -390,7 +392,7 @@ def stream_weights(
     target = torch.device("cpu" if first.is_meta else first.device)
     if device is not None:
         target = torch.empty(0, device=device).device  # with its index
-    found = find_units(model, list(units) if units is not None else None)
+    found = find_units(model, list(units) if units is not None else None, resident)
     folder = None if str(rest) == HOST else Path(rest).expanduser()
     bring_others(model, found, target, fill)
     for unit in found:

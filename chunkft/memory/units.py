@@ -121,11 +121,12 @@ def _mapped_file(folder: Path, size: int) -> mmap.mmap:
         ) from e
 
 
-def find_units(model: nn.Module, asked: list[nn.Module] | None) -> list[Unit]:
+def find_units(model: nn.Module, asked: list[nn.Module] | None, resident: int = 0) -> list[Unit]:
     """The units of `model` in the order of its modules, embeddings first.
 
     Args:
         asked: the modules that shall be units; None takes layers and embeddings.
+        resident: layers at the end that are none.
 
     Raises:
         InputError: there are none, or they share modules.
@@ -135,6 +136,9 @@ def find_units(model: nn.Module, asked: list[nn.Module] | None) -> list[Unit]:
     layers = _layers(model) if asked is None else list(dict.fromkeys(asked))
     if strange := [m for m in layers if m not in names or m is model]:
         raise InputError(f"units: {type(strange[0]).__name__} is not a part of the model")
+    if not 0 <= resident < max(1, len(layers)):
+        raise InputError(f"resident={resident} of {len(layers)} layers: leave one to be streamed")
+    layers = layers[: len(layers) - resident]
     uses: dict[int, set[nn.Module]] = defaultdict(set)
     owner = {inner: layer for layer in layers for inner in layer.modules()}
     if len(owner) < sum(len(list(layer.modules())) for layer in layers):

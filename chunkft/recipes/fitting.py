@@ -53,8 +53,11 @@ def fit(
     offload = bool(getattr(args, "activation_offloading", False) or kwargs.get("offload"))
     if "activation_offloading" not in job.given and "offload" not in kwargs and _offloads(model):
         free.append("offload")
-    if _may_stream(job) and not settings.stream_weights:
+    asked = settings.stream_weights and "stream_weights" in job.given
+    if _may_stream(job):
         free.append("stream_weights")
+    if "state_block" not in job.given and not resuming:
+        free.append("block")
     start = Choice(
         settings.method,
         rotation.chunks,
@@ -63,8 +66,10 @@ def fit(
         settings.store,
         checkpointing,
         offload,
-        settings.stream_weights,
+        asked,
         settings.state_bits,
+        settings.state_block if settings.method == "chunk" else None,
+        settings.resident_layers,
     )
     if settings.method == "exact":  # slices in the model's order
         start = replace(start, layout="stream")
@@ -76,13 +81,17 @@ def fit(
     if choice.offload and not offload:
         kwargs = {"use_reentrant": False} | kwargs | OFFLOAD
         args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = kwargs
-    settings.stream_weights = choice.stream_weights
+    settings.stream_weights, settings.resident_layers = (
+        choice.stream_weights,
+        choice.resident_layers,
+    )
+    settings.state_block = choice.block
     saved = "offloaded" if choice.offload else "on" if choice.checkpointing else "off"
     print(
         f"plan for {settings.memory}: {found.total / GIB:.2f} GiB of tensors at the peak, "
         f"{(found.resting + found.homes) / GIB:.2f} GiB resting ({choice.store}), "
-        f"{choice.chunks} chunks, activation checkpointing {saved}, weights "
-        f"{'streamed' if choice.stream_weights else 'on the device'}",
+        f"{choice.chunks} chunks, activation checkpointing {saved}, weights {_where(choice)}"
+        f"{', state in blocks' if choice.block else ''}",
         flush=True,
     )
     if settings.method != "chunk":
@@ -90,6 +99,13 @@ def fit(
     elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
     chunks, interval = found.choice.chunks, found.choice.interval
     return choose_rotation(chunks, interval, steps, elements, interval), found
+
+
+def _where(choice: Choice) -> str:
+    if not choice.stream_weights:
+        return "on the device"
+    stay = choice.resident_layers
+    return f"streamed but for {stay} layers" if stay else "streamed"
 
 
 def _offloads(model: Any) -> bool:

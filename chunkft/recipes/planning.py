@@ -26,7 +26,7 @@ from chunkft.train.config import FEWEST_CHUNKS
 
 # transformers' own: inputs of checkpointed layers in page-locked memory until backward
 OFFLOAD = {"offload": True}
-FREE = ("chunks", "checkpointing", "offload", "stream_weights")
+FREE = ("chunks", "checkpointing", "offload", "block", "stream_weights")
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,13 @@ def trial_of(config: PretrainedConfig, load: Workload, on_host: bool) -> Callabl
             if choice.checkpointing:
                 checkpoint_layers(model)
             if choice.stream_weights:
-                stream_weights(model)
+                stream_weights(model, resident=choice.resident_layers)
             settings: dict[str, Any] = {"chunks": choice.chunks, "exact": choice.method == "exact"}
             if choice.method != "exact":
                 settings |= {"interval": choice.interval, "layout": choice.layout}
             codec = EightBitMoments() if choice.state_bits == 8 else None
-            store = Store(codec=codec) if on_host else _Host(codec=codec)
+            kept = Store if on_host else _Host
+            store = kept(codec=codec, block=choice.block)
             settings |= {"store": store, "max_grad_norm": 1.0}
             optimizer = ChunkedOptimizer(
                 model, load.rule, **settings, **(load.kwargs or {"lr": 1e-5})
@@ -130,6 +131,7 @@ def run(options: argparse.Namespace) -> int:
     start = Choice(options.method, options.chunks or FEWEST_CHUNKS, options.interval)
     start = replace(start, layout=options.layout, store=options.store)
     start = replace(start, stream_weights=options.stream_weights, state_bits=options.state_bits)
+    start = replace(start, block=options.state_block, resident_layers=options.resident_layers)
     if options.method == "full":
         start = replace(start, chunks=1)
     free = FREE[1:] if options.chunks else FREE
@@ -180,6 +182,7 @@ def as_text(found: Plan, name: str, load: Workload) -> str:
     if choice.method != "full":
         words.append(f"--chunks {choice.chunks} --store {choice.store}")
         words += ["--state_bits 8"] if choice.state_bits == 8 else []
+        words += [f"--state_block {choice.block}"] if choice.block else []
     if choice.method == "chunk":
         words.append(f"--layout {choice.layout} --interval {choice.interval}")
     words.append(f"--gradient_checkpointing {str(choice.checkpointing).lower()}")
@@ -187,13 +190,15 @@ def as_text(found: Plan, name: str, load: Workload) -> str:
         words.append("--gradient_checkpointing_kwargs '" + json.dumps(OFFLOAD) + "'")
     if choice.stream_weights:
         words.append("--stream_weights true")
+    if choice.resident_layers:
+        words.append(f"--resident_layers {choice.resident_layers}")
     return "\n".join([*lines, "settings: " + " ".join(words)])
 
 
 def as_json(found: Plan, name: str, load: Workload) -> str:
     """The plan for programs; amounts in bytes."""
     told = asdict(found) | {"total": found.total, "model": name, "fits": True}
-    # a store with a codec is no JSON, and would make its directory
-    plain = replace(found, choice=replace(found.choice, state_bits=32)).settings
+    # a Store is no JSON, and would make its directory
+    plain = replace(found, choice=replace(found.choice, state_bits=32, block=None)).settings
     told |= {"seq": load.seq, "batch": load.batch, "settings": plain}
     return json.dumps(told, indent=1)

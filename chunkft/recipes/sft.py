@@ -57,7 +57,8 @@ from chunkft.train.trainer import (
 
 DEFAULT_MODEL = "smollm2-135m"
 RESUME = "--resume_from_checkpoint"
-SCHEDULE = {"interval", "layout", "order", "moments"}  # settings of --method chunk only
+SCHEDULE = {"interval", "layout", "order", "moments", "state_block"}  # of --method chunk only
+IDLE = {"chunk": set[str](), "exact": SCHEDULE, "full": SCHEDULE | {"chunks", "state_bits"}}
 
 
 class ChunkSFTTrainer(StreamingTrainer, SFTTrainer):
@@ -189,9 +190,7 @@ def _check(job: Job) -> None:
             "--load_in_4bit and --load_in_8bit freeze the weights, so there is nothing to train; "
             "leave them out, or add --use_peft --method full"
         )
-    idle = {"chunk": set[str](), "exact": SCHEDULE, "full": SCHEDULE | {"chunks", "state_bits"}}[
-        method
-    ]
+    idle = IDLE[method]
     if idle & job.given:
         names = " ".join(f"--{name}" for name in sorted(idle & job.given))
         print(f"warning: {names} without effect: --method {method} trains all weights every step")
@@ -201,6 +200,9 @@ def _check(job: Job) -> None:
             f"warning: --state_bits 8 without effect: {optim} keeps its moments in few bits itself"
         )
         job.chunk.state_bits = 32
+    if job.chunk.resident_layers and not job.chunk.stream_weights:
+        print("warning: --resident_layers without effect: --stream_weights is off")
+        job.chunk.resident_layers = 0
     if job.mixture.datasets and job.script.dataset_name:
         print(f"warning: --dataset_name {job.script.dataset_name} without effect beside datasets")
     if job.script.dataset_streaming:
@@ -267,7 +269,8 @@ def _build_chunks(
     rotation, planned = _rotation(job, trainer, steps, kept), None
     if job.chunk.memory is not None:
         rotation, planned = fit(job, trainer, rotation, steps, resuming=kept is not None)
-        if job.chunk.stream_weights and residence_of(model) is None:
+        streamed = planned.choice.stream_weights
+        if streamed and (residence_of(model) is None or planned.choice.resident_layers):
             _stream(job, model)
     if job.chunk.method == "chunk" and "learning_rate" not in job.given:
         args.learning_rate = choose_learning_rate(rotation.chunks, job.chunk.layout)
@@ -297,7 +300,7 @@ def _take_over(job: Job, kept: checkpoints.Kept) -> None:
     """Settings of the checkpoint in the place of those that nobody gave."""
     if "method" not in job.given and kept.exact:
         job.chunk.method = "exact"
-    for name in ("layout", "order", "moments", "state_bits"):
+    for name in ("layout", "order", "moments", "state_bits", "state_block"):
         if name not in job.given:
             setattr(job.chunk, name, getattr(kept, name))
 
@@ -341,7 +344,9 @@ def _settings(job: Job, optimizer: ChunkedOptimizer) -> dict[str, Any]:
         **rotation,
         "store": job.chunk.store,
         "state_bits": job.chunk.state_bits,
+        "state_block": job.chunk.state_block,
         "stream_weights": job.chunk.stream_weights,
+        "resident_layers": job.chunk.resident_layers,
         "optim": str(getattr(args.optim, "value", args.optim)),
         "learning_rate": args.learning_rate,
         "lr_scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
@@ -357,7 +362,11 @@ def _settings(job: Job, optimizer: ChunkedOptimizer) -> dict[str, Any]:
 
 def _stream(job: Job, model: PreTrainedModel) -> None:
     rest = "host" if job.chunk.store in ("host", "device") else job.chunk.store
-    stream = stream_weights(model, rest=rest, device=job.training.device)
+    before = residence_of(model)
+    if isinstance(before, WeightStream):
+        before.detach()  # some of its layers have room on the device
+    stay = job.chunk.resident_layers
+    stream = stream_weights(model, rest=rest, device=job.training.device, resident=stay)
     each, sizes = stream.nbytes["slots"] / 2, _weight_bytes(model)
     told = ", ".join(f"{kind} {size / GIB:.2f} GiB" for kind, size in sizes.items())
     print(f"{told}; {len(stream.units)} units of {each / GIB:.3f} GiB at most visit 2 slots")

@@ -196,6 +196,7 @@ class Kept(NamedTuple):
     moments: str
     exact: bool
     state_bits: int
+    state_block: int | None
     learning_rate: float | None
     """Of the schedule's beginning; None where the schedule keeps none (reduce_lr_on_plateau)."""
 
@@ -216,6 +217,7 @@ def kept(found: Path) -> Kept:
         state["moments"],
         state.get("exact", False),
         8 if state.get("codec") == EightBitMoments.__name__ else 32,
+        state.get("block"),
         None if rate is None else float(rate),
     )
 

@@ -71,10 +71,18 @@ class ChunkArguments:
         "model under AdamW 4 bytes an element instead of 10.",
         choices=[32, 8],
     )
+    state_block: int | None = setting(
+        None,
+        "Elements: the active chunk's state rests too and visits the device in the step only, so "
+        "many at a time (4194304 take 0.1 GiB). The same weights to the bit, a slower step.",
+    )
     stream_weights: bool = setting(
         False,
         "Weights rest on the host, or in files where --store is a directory, and visit the device "
         "layer by layer: two layers and the head are there at once.",
+    )
+    resident_layers: int = setting(
+        0, "With --stream_weights: so many layers, the last ones, stay on the device all the same."
     )
     memory: str | None = setting(
         None,

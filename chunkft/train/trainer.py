@@ -117,7 +117,11 @@ def build_optimizer(
         cls,
         groups=groups,
         chunks=rotation.chunks,
-        store=Store(settings.store, EightBitMoments() if settings.state_bits == 8 else None),
+        store=Store(
+            settings.store,
+            EightBitMoments() if settings.state_bits == 8 else None,
+            settings.state_block if settings.method == "chunk" else None,
+        ),
         max_grad_norm=args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None,
         **schedule,
         **kwargs,

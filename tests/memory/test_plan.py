@@ -9,7 +9,7 @@ from chunkft.errors import InputError
 from chunkft.memory.budget import DEVICES, Device, device_of, parse_bytes, smallest_of
 from chunkft.memory.dry_run import DryRun
 from chunkft.memory.meter import KINDS, Measured, Reading
-from chunkft.memory.plan import Choice, DoesNotFitError, Limits, make_plan
+from chunkft.memory.plan import BLOCK, LIBRARY, Choice, DoesNotFitError, Limits, make_plan
 
 CARD = Device(24 * GIB, 1e14, 1e12, 25e9)
 COMPUTER = Device(24 * GIB, 1e12, 6e10, 0)
@@ -17,11 +17,16 @@ ALL = ("chunks", "checkpointing", "offload")
 
 
 def trial(choice: Choice) -> DryRun:
-    """10 GiB of weights, 2 if streamed; state 64/K, gradient, master 16/K; activations 4, 2, 1."""
+    """10 layers of 1 GiB; state 64/K, gradient and master 16/K; activations 4, 2, 1.
+
+    With blocks the same of a block, beside half of the chunk's gradient.
+    """
     activations = 1 if choice.offload else 2 if choice.checkpointing else 4
-    weights = 2 if choice.stream_weights else 10
-    held = {"weights": weights, "state": 64 / choice.chunks, "activations": activations}
-    moving = dict.fromkeys(("gradient", "master"), 16 / choice.chunks)
+    weights = 2 + choice.resident_layers if choice.stream_weights else 10
+    awake = min(1 / choice.chunks, (choice.block or 10**9) / 10**9)
+    held = {"weights": weights, "state": 64 * awake, "activations": activations}
+    waiting = 8 / choice.chunks if choice.block else 8 * awake
+    moving = {"master": 16 * awake, "gradient": waiting + 8 * awake}
 
     def reading(**more: float) -> Reading:
         return Reading(0.0, {k: round(more.get(k, 0) * GIB) for k in KINDS}, 40 * GIB)
@@ -32,7 +37,8 @@ def trial(choice: Choice) -> DryRun:
     measured = Measured(peak, highest, 40 * GIB, timeline)
     away = GIB if choice.offload else 0
     flops = 10**13 * (4 if choice.checkpointing else 3)
-    streamed = (10 * GIB, 20 * GIB) if choice.stream_weights else (0, 0)
+    layers = (10 - choice.resident_layers) * choice.stream_weights
+    streamed = layers * GIB, 2 * layers * GIB, layers
     return DryRun([measured], [flops], 40 * GIB, 10**9 // choice.chunks, 10**9, away, *streamed)
 
 
@@ -88,11 +94,16 @@ OPEN = (*ALL, "stream_weights")
 
 
 @pytest.mark.parametrize(
-    ("given", "chunks", "checkpointing", "offload"),
-    [(9.5, 32, False, False), (6, 64, True, False), (3.2, 1024, True, True)],
+    ("given", "chunks", "checkpointing", "offload", "stay"),
+    [
+        (9.5, 32, False, False, 0),
+        (8.9, 64, False, False, 1),
+        (6, 64, True, False, 0),
+        (3.2, 1024, True, True, 0),
+    ],
 )
 def test_weights_are_streamed_where_nothing_fits_without(
-    given: float, chunks: int, checkpointing: bool, offload: bool
+    given: float, chunks: int, checkpointing: bool, offload: bool, stay: int
 ) -> None:
     tried: list[Choice] = []
 
@@ -103,13 +114,32 @@ def test_weights_are_streamed_where_nothing_fits_without(
     plan = make_plan(counted, Choice(), Limits(round(given * GIB)), CARD, OPEN)
     choice = plan.choice
     assert (choice.chunks, choice.checkpointing, choice.offload) == (chunks, checkpointing, offload)
-    assert choice.stream_weights and plan.total <= given * GIB
-    assert plan.homes == 10 * GIB and plan.host == (51 + choice.offload) * GIB
-    moved = 2 * 40 * GIB / chunks + 2 * choice.offload * GIB + 20 * GIB
+    assert choice.stream_weights and choice.resident_layers == stay and plan.total <= given * GIB
+    homes = 10 - stay
+    assert plan.homes == homes * GIB and plan.host == (41 + homes + choice.offload) * GIB
+    moved = 2 * 40 * GIB / chunks + 2 * choice.offload * GIB + 2 * homes * GIB
     assert plan.seconds["bus"] == pytest.approx(moved / 25e9, rel=0.01)
     # 10 GiB of weights alone have no room, so one dry run without streaming says it all
     assert [choice.stream_weights for choice in tried[:2]] == [False, True]
     assert not make_plan(trial, Choice(), Limits(12 * GIB), CARD, OPEN).choice.stream_weights
+
+
+def test_blocks_where_chunks_would_be_too_many() -> None:
+    """256 chunks without."""
+    plan = make_plan(trial, Choice(interval=5), Limits(round(11.8 * GIB)), CARD, (*ALL, "block"))
+    choice = plan.choice
+    assert choice == Choice("chunk", 8, 5, checkpointing=True, offload=True, block=BLOCK)
+    rest = 40 * BLOCK / 10**9  # of the block that works, and of the next one
+    state = max(64 * BLOCK / 10**9, rest) + rest
+    assert plan.bytes["state"] == pytest.approx(state * GIB)
+    step = 10 + state + 1 + 24 * BLOCK / 10**9
+    assert plan.total == pytest.approx(step * GIB + LIBRARY)
+    # in every step, not once in five
+    assert plan.seconds["bus"] == pytest.approx((2 * 40 / 8 + 2) * GIB / 25e9)
+    assert plan.settings["store"].block == BLOCK
+    for start in (Choice("exact"), Choice(store="device")):
+        with pytest.raises(DoesNotFitError):
+            make_plan(trial, start, Limits(round(11.8 * GIB)), CARD, ("block", "checkpointing"))
 
 
 def test_streaming_is_named_where_it_would_reach_it() -> None:
