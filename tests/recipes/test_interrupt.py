@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from chunkft.cli import main
+from chunkft.memory import eight_bit
 from chunkft.train.checkpoints import MANIFEST, fault, last_whole
 from chunkft.train.trainer import CheckpointCallback
 
@@ -34,12 +35,15 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "more"), [(signal.SIGINT, []), (signal.SIGTERM, ["--state_bits", "8"])]
+)
 def test_a_signal_saves_and_prints_the_line_that_resumes(
-    tiny_model, records, tmp_path, capsys, monkeypatch, number
+    tiny_model, records, tmp_path, capsys, monkeypatch, number, more
 ):
+    monkeypatch.setattr(eight_bit, "SMALLEST", 64)  # elements; the model has no larger slice
     steps, stop = 14, 7
-    words = command(tiny_model, records, tmp_path / "stopped", steps)
+    words = command(tiny_model, records, tmp_path / "stopped", steps, *more)
     # in the middle, so that the printed line must keep what comes after
     words[1:1] = ["--resume_from_checkpoint", "last"]
     with monkeypatch.context() as patch:
@@ -59,7 +63,7 @@ def test_a_signal_saves_and_prints_the_line_that_resumes(
     assert line is not None
     assert (tmp_path / "stopped" / f"checkpoint-{stop}" / "chunkft_manifest.json").exists()
     assert main(shlex.split(line[1])[1:]) == 0
-    assert main(command(tiny_model, records, tmp_path / "whole", steps)) == 0
+    assert main(command(tiny_model, records, tmp_path / "whole", steps, *more)) == 0
     assert same(tmp_path / "stopped", tmp_path / "whole")
 
 
