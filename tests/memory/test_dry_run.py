@@ -8,6 +8,7 @@ from torch import nn, optim
 
 from chunkft import ChunkedOptimizer
 from chunkft.core.residence import residence_of
+from chunkft.core.store import Store
 from chunkft.memory.dry_run import dry_run, fake
 from chunkft.memory.meter import Measured, Meter
 from chunkft.memory.streaming import WeightStream, stream_weights
@@ -36,7 +37,10 @@ def build(
         batch["attention_mask"] = SEEN
     if streamed:
         stream_weights(model)
-    optimizer = ChunkedOptimizer(model, rule, lr=1e-3, max_grad_norm=1.0, **METHODS[method])
+    settings = METHODS.get(method, {"chunks": 3, "interval": 1})
+    if method.startswith("blocks"):
+        settings |= {"layout": method.removeprefix("blocks-"), "store": Store(block=1000)}
+    optimizer = ChunkedOptimizer(model, rule, lr=1e-3, max_grad_norm=1.0, **settings)
     return model, batch, optimizer
 
 
@@ -78,6 +82,12 @@ STREAMED = [
 @pytest.mark.parametrize(("name", "method", "dtype"), STREAMED)
 def test_streamed_families(name: str, method: str, dtype: torch.dtype) -> None:
     compare(name, method, dtype, streamed=True)
+
+
+@pytest.mark.parametrize("layout", ["stream", "spread"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_blocks(streamed: bool, layout: str) -> None:
+    compare("llama", f"blocks-{layout}", torch.bfloat16, streamed)
 
 
 def compare(name: str, method: str, dtype: torch.dtype, streamed: bool) -> None:

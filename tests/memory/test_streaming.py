@@ -11,7 +11,10 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from chunkft import ChunkedOptimizer
+from chunkft.core.store import Store
+from chunkft.errors import InputError
 from chunkft.memory.streaming import WeightStream, stream_weights
+from chunkft.memory.units import find_units
 from tests.conftest import NAMES, loss_of, tiny, weights
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -66,6 +69,27 @@ def at_home(stream: WeightStream) -> bool:
 
 
 # -- to the bit -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("name", DEEP)
+def test_resident_layers_and_blocks(name: str, checkpointing: bool) -> None:
+    """Some layers stay, the state visits in the step only: still the same."""
+    resident, batch = family(name, checkpointing=checkpointing)
+    streamed, _ = family(name, checkpointing=checkpointing)
+    whole = len(find_units(streamed, None))
+    stream = stream_weights(streamed, resident=2)
+    assert len(stream.units) == whole - 2
+    more: dict[str, Any] = {"chunks": 3, "interval": 2, "layout": "spread"}
+    first, second = adamw(resident, **more), adamw(streamed, store=Store(block=500), **more)
+    assert train(streamed, batch, second, 8) == train(resident, batch, first, 8)
+    assert_same(streamed, resident)
+
+
+@pytest.mark.parametrize("count", [5, -1])
+def test_one_layer_is_streamed_at_least(count: int) -> None:
+    with pytest.raises(InputError, match=rf"resident={count} of 5 layers: leave one"):
+        stream_weights(family("llama")[0], resident=count)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

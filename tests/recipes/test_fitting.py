@@ -57,16 +57,17 @@ def sft(deep_model, records, tmp_path, capsys):
 
 
 CHOSEN = [
-    ("2MiB", "checkpointing off, weights on the device"),
-    ("532KiB", "checkpointing offloaded, weights streamed"),
-    ("680KiB", "checkpointing on, weights on the device"),
-    ("632KiB", "checkpointing offloaded, weights on the device"),
-    ("580KiB", "checkpointing on, weights streamed"),
+    ("2MiB", "checkpointing off, weights on the device\n"),
+    ("432KiB", "checkpointing offloaded, weights streamed but for 2 layers, state in blocks\n"),
+    ("680KiB", "checkpointing on, weights on the device\n"),
+    ("632KiB", "checkpointing offloaded, weights on the device\n"),
+    ("540KiB", "checkpointing offloaded, weights on the device, state in blocks\n"),
+    ("412KiB", "checkpointing offloaded, weights streamed, state in blocks\n"),
 ]
 
 
 @pytest.mark.usefixtures("_card")
-@pytest.mark.parametrize("count", [2, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(6, marks=pytest.mark.slow)])
 def test_less_memory_same_weights(count, sft):
     """To the bit, with what the plan chooses."""
     first = None
@@ -85,15 +86,17 @@ def test_less_memory_same_weights(count, sft):
 
 @pytest.mark.usefixtures("_card")
 def test_streaming_is_offered_where_it_was_refused(sft):
-    code, _, error, _ = sft("532KiB", "--stream_weights", "false")
+    code, _, error, _ = sft("432KiB", "--stream_weights", "false")
     assert code == 2 and "or --stream-weights (" in error
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_card")
 def test_what_was_given_stays(sft):
-    code, _, error, _ = sft("532KiB", "--gradient_checkpointing", "false")
+    code, _, error, _ = sft("432KiB", "--gradient_checkpointing", "false")
     assert code == 2 and "leaving checkpointing open" in error
+    code, _, error, _ = sft("540KiB", "--state_block", "9999999", "--stream_weights", "false")
+    assert code == 0, error
     code, printed, _, _ = sft("2MiB", "--stream_weights")
     assert code == 0 and "checkpointing off, weights streamed" in printed
 
