@@ -62,7 +62,7 @@ CHOSEN = [
     ("680KiB", "checkpointing on, weights on the device\n"),
     ("632KiB", "checkpointing offloaded, weights on the device\n"),
     ("540KiB", "checkpointing offloaded, weights on the device, state in blocks\n"),
-    ("412KiB", "checkpointing offloaded, weights streamed, state in blocks\n"),
+    ("390KiB", "checkpointing offloaded, weights streamed, state in blocks\n"),
 ]
 
 
