@@ -299,8 +299,7 @@ def predict(case: Case) -> dict[str, Any]:
         raise Skipped(f"the plan does not know {case.method}")
     known = {field.name for field in fields(Choice)}
     told = {name: getattr(case, name) for name in known if hasattr(case, name)}
-    unknown = [name for name in ("block", "streamed") if getattr(case, name) and name not in known]
+    told["stream_weights"] = case.streamed
     load, card = Workload(case.seq, case.batch, kwargs=RULE), DEVICES["h100-80gb"]
     found = plan(config_of(case.model), load, Limits(2**60), card, Choice(**told), ())
-    step = {"step_flop": found.seconds["flop"] * card.flops}  # the same wherever weights rest
-    return step if unknown else step | {"planned_gib": found.total / GIB}
+    return {"step_flop": found.seconds["flop"] * card.flops, "planned_gib": found.total / GIB}

@@ -21,10 +21,12 @@ ROWS: list[tuple[str, str, int, int, float | None, str]] = [
     ("llama-2-7b", "rtx-4090-24gib", 1, 1024, None, "chunk"),
     ("llama-2-7b", "rtx-4090-24gib", 1, 1024, None, "exact"),
     ("llama-2-7b", "rtx-4090-24gib", 1, 1024, 13.0, "chunk"),
+    ("llama-2-7b", "rtx-4090-24gib", 1, 1024, 12.9, "chunk"),
     ("llama-2-7b", "rtx-4090-24gib", 1, 1024, 2.0, "chunk"),
     ("llama-2-7b", "laptop-16gib", 1, 1024, None, "chunk disk"),
     ("llama-2-7b", "a100-80gib", 8, 1024, 26.7, "chunk"),
     ("llama-3-8b", "rtx-4090-24gib", 1, 1024, None, "chunk"),
+    ("llama-3-8b", "rtx-4090-24gib", 1, 1024, 14.6, "chunk"),
     ("llama-3-8b", "h100-80gb", 8, 2048, None, "chunk"),
     ("llama-3-8b", "h100-80gb", 8, 2048, None, "exact"),
     ("llama-3-70b", "h200-141gb", 1, 1024, None, "chunk"),
@@ -50,8 +52,10 @@ def row(name: str, card: str, batch: int, seq: int, given: float | None, method:
     cells = [found.total, found.bytes["weights"], working, made, found.host]
     told = " | ".join(f"{size / GIB:.2f}" for size in cells)
     settings = f"K={choice.chunks}, checkpointing {saved}"
+    if choice.block:
+        settings += f", blocks of {choice.block / 2**20:g}M"
     if choice.stream_weights:
-        settings += ", weights streamed"
+        settings += f", weights streamed but for {choice.resident_layers} layers"
     if found.disk:
         settings += f", {found.disk / GIB:.2f} on disk"
     return f"{start} {told} | {settings} |"

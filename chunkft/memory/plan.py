@@ -277,9 +277,11 @@ def _predict(choice: Choice, tried: DryRun, at: Choice, limits: Limits, device: 
     moves = not on_host and choice.store != "device" and choice.chunks > 1
     # one chunk's state as it rests: on a card it comes as a whole, its low bits stay along with it,
     # and the next chunk's comes while this one works (core/store.py). 8-bit moments wake beside it.
-    # With blocks all this is of a block, whatever the chunk has.
+    # With blocks all this is of a block, whatever the chunk has: it keeps its 16-bit gradient, and
+    # of streamed weights a leaf, told as master.
     slab = round(tried.resting * at_once / tried.elements) if moves else 0
-    moving = ("gradient",) if choice.block else MOVING
+    of_chunk = ("gradient", "master") if choice.stream_weights else ("gradient",)
+    moving = of_chunk if choice.block else MOVING
 
     def scaled(held: dict[str, int]) -> dict[str, int]:
         found = {k: round(held[k] * share) if k in moving else held[k] for k in KINDS}
