@@ -212,6 +212,11 @@ def _check(job: Job) -> None:
         raise InputError(
             "--packing_strategy wrapped lets packed records see each other; use bfd or bfd_split"
         )
+    if args.use_liger_kernel and method != "full":
+        raise InputError(
+            f"--use_liger_kernel with --method {method}: its fused head reads the weight as a whole "
+            f"and leaves the active slice without a gradient; leave it out (ours runs in tiles too)"
+        )
     # what hides trouble, or costs without use, unless asked for
     args.logging_nan_inf_filter = False
     args.prediction_loss_only = True

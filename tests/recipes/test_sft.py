@@ -94,6 +94,11 @@ def test_streamed_weights_are_the_same_to_the_bit(sft, tmp_path, checkpointing):
         (folder / "checkpoint-8" / "chunkft_manifest.json").unlink()
 
 
+def test_a_fused_head_that_knows_no_slices_is_refused(sft):
+    code, _, err, _ = sft("--use_liger_kernel")
+    assert code == 2 and "--use_liger_kernel with --method chunk" in err
+
+
 def test_streamed_weights_do_not_go_with_adapters(sft):
     code, _, err, _ = sft("--stream_weights", "--use_peft", "--method", "full")
     assert code == 2 and "--use_peft" in err
