@@ -55,7 +55,8 @@ def row(name: str, card: str, batch: int, seq: int, given: float | None, method:
     if choice.block:
         settings += f", blocks of {choice.block / 2**20:g}M"
     if choice.stream_weights:
-        settings += f", weights streamed but for {choice.resident_layers} layers"
+        stay = choice.resident_layers
+        settings += ", weights streamed" + f" but for {stay} layers" * (stay > 0)
     if found.disk:
         settings += f", {found.disk / GIB:.2f} on disk"
     return f"{start} {told} | {settings} |"

@@ -214,7 +214,7 @@ def _check(job: Job) -> None:
         )
     if args.use_liger_kernel and method != "full":
         raise InputError(
-            f"--use_liger_kernel with --method {method}: its fused head reads the weight as a whole "
+            f"--use_liger_kernel with --method {method}: its fused head reads the whole weight "
             f"and leaves the active slice without a gradient; leave it out (ours runs in tiles too)"
         )
     # what hides trouble, or costs without use, unless asked for
