@@ -164,7 +164,7 @@ class Store:
         slab = self._slabs.get(key)
         # too large is one that a state lay in before it was encoded; a slab of the time before
         # model.to("cuda") has no stream
-        fits = slab is not None and size <= slab.size <= 2 * max(size, ALIGN)
+        fits = slab is not None and size <= slab.size <= size + size // 4 + ALIGN
         if slab is None or not fits or (cuda and slab.stream is None):
             if slab is not None:
                 slab.close()

@@ -73,12 +73,12 @@ def device_of(name: str) -> Device:
 def this_computer() -> Device:
     """The accelerator that runs go to, or the CPU and its memory."""
     if not torch.cuda.is_available():
-        return replace(DEVICES["laptop-16gib"], memory=_installed(), reserved=0)
+        return replace(DEVICES["laptop-16gib"], memory=installed(), reserved=0)
     memory = torch.cuda.get_device_properties(0).total_memory
     return replace(smallest_of(memory), memory=memory)
 
 
-def _installed() -> int:
+def installed() -> int:
     if not hasattr(os, "sysconf"):  # Windows
         return DEVICES["laptop-16gib"].memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -45,7 +45,7 @@ PIECE = 2**20  # elements at a time: a few MB each of some ten temporaries
 
 # The names under which rules keep moments. An averaged weight (ASGD's ax) is none, nor is a step
 # size (Rprop's): what is not named here stays as it is. state1 and state2 are bitsandbytes'.
-SIGNED = frozenset(("exp_avg", "momentum_buffer", "grad_avg", "state1"))
+SIGNED = frozenset(("exp_avg", "momentum_buffer", "state1"))
 UNSIGNED = frozenset(
     ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum", "state2")
 )
@@ -67,7 +67,7 @@ class EightBitMoments:
         """`state`, keyed by (slice, name), with codes and scales in the place of moments."""
         rests: State = {}
         for key, value in state.items():
-            if not _is_moment(key, value):
+            if not _is_moment(key, value, state):
                 rests[key] = value
                 continue
             table = self._table(key[1] in SIGNED, value.device)
@@ -128,12 +128,17 @@ def _table(signed: bool, device: torch.device) -> _Table:
     return _Table(signed, levels.to(device), lowest.to(device))
 
 
-def _is_moment(key: Any, value: Any) -> bool:
+def _is_moment(key: Any, value: Any, state: State) -> bool:
+    piece, name = key
+    if name == "state1" and (piece, "state2") not in state:
+        return False  # bitsandbytes' RMSprop has its second moment there, Lion its first
+    if (piece, "grad_avg") in state:
+        return False  # RMSprop(centered=True): the square root of a difference of two of them
     return (
         isinstance(value, Tensor)
         and value.dtype == torch.float32
         and value.numel() >= SMALLEST
-        and key[1] in SIGNED | UNSIGNED
+        and name in SIGNED | UNSIGNED
         and not is_traceable_wrapper_subclass(value)
     )
 

@@ -18,7 +18,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from chunkft.core.store import GIB, Store
-from chunkft.errors import ChunkFTError, InputError
+from chunkft.errors import ChunkFTError, InputError, UnsupportedError
 from chunkft.memory.budget import HOST_BANDWIDTH, Device
 from chunkft.memory.dry_run import DryRun
 from chunkft.memory.eight_bit import EightBitMoments
@@ -162,11 +162,12 @@ def make_plan(
         DoesNotFitError: nothing fits; it says the floor and what would reach it.
     """
     refused: list[Plan] = []
-    rungs = ladder(start, device.bus == 0, free)
+    rungs = list(ladder(start, device.bus == 0, free))
     for streamed, same in groupby(rungs, key=lambda rung: rung.stream_weights):
+        otherwise = rungs[-1].stream_weights and not streamed
         try:
-            found = _search(trial, same, limits, device, free, refused)
-        except InputError:
+            found = _search(trial, same, limits, device, free, refused, otherwise)
+        except (InputError, UnsupportedError):
             if streamed == start.stream_weights:
                 raise
             # no layers that could be streamed, which nobody asked for
@@ -196,8 +197,13 @@ def _search(
     device: Device,
     free: Sequence[str],
     refused: list[Plan],
+    otherwise: bool,
 ) -> list[Plan]:
-    """What fits of `rungs`, up to the first with few enough chunks; `refused` gets the others."""
+    """What fits of `rungs`, up to the first with few enough chunks; `refused` gets the others.
+
+    Args:
+        otherwise: weights can be streamed where they have no room.
+    """
     found: list[Plan] = []
     for rung in rungs:
         tried = trial(rung)
@@ -212,7 +218,7 @@ def _search(
         if found and found[-1].choice.chunks <= max(PREFERRED, rung.chunks):
             break
         too_large = not found and refused[-1].bytes["weights"] > limits.device
-        if too_large and "stream_weights" in free and not rung.stream_weights:
+        if too_large and otherwise:
             break  # the weights alone have no room, whatever else is done
     return found
 
@@ -223,7 +229,7 @@ def _keep_layers(trial: Trial, plan: Plan, limits: Limits, device: Device) -> Pl
     layer = -(-plan.homes // plan.units)
     most = min(left // layer, plan.units - FEWEST_STREAMED)
     for count in range(most, max(most - 2, 0), -1):
-        choice = replace(plan.choice, resident_layers=count)
+        choice = replace(plan.choice, resident_layers=plan.choice.resident_layers + count)
         kept = _predict(choice, trial(choice), choice, limits, device)
         if _fits(kept, limits, device):
             return kept
@@ -251,7 +257,7 @@ def _by_streaming(
     *_, choice = _by_chunks(rung, free)
     try:
         plan = _predict(choice, trial(rung), rung, limits, device)
-    except InputError:
+    except (InputError, UnsupportedError):
         return ""
     if _needed(plan, device) >= needed:
         return ""
@@ -274,7 +280,8 @@ def _predict(choice: Choice, tried: DryRun, at: Choice, limits: Limits, device: 
     largest = tried.largest * share
     at_once = min(largest, choice.block or largest)
     on_host = device.bus == 0
-    moves = not on_host and choice.store != "device" and choice.chunks > 1
+    rests = choice.chunks > 1 or choice.block is not None
+    moves = not on_host and choice.store != "device" and rests
     # one chunk's state as it rests: on a card it comes as a whole, its low bits stay along with it,
     # and the next chunk's comes while this one works (core/store.py). 8-bit moments wake beside it.
     # With blocks all this is of a block, whatever the chunk has: it keeps its 16-bit gradient, and
@@ -300,11 +307,15 @@ def _predict(choice: Choice, tried: DryRun, at: Choice, limits: Limits, device: 
     if choice.rests_on_disk:
         disk = resting + tried.homes
     else:
-        host += tried.homes + (resting if choice.store == "host" else 0)
+        host += tried.homes + (resting if choice.store == "host" or on_host else 0)
+    if choice.store == "device" and not on_host:
+        others = round(resting * (1 - largest / tried.elements))
+        peak["state"], highest["state"] = peak["state"] + others, highest["state"] + others
     visit = 1 if choice.block else choice.interval  # steps between two ways over the bus
-    moved = 2 * resting * largest / tried.elements / visit if choice.chunks > 1 else 0
+    moved = 2 * resting * largest / tried.elements / visit if rests else 0
     if choice.method == "exact":
         moved = 2 * resting
+    moved = 0 if choice.store == "device" else moved
     moved += 2 * tried.offloaded + tried.copied
     seconds = {"flop": sum(tried.flops) / len(tried.flops) / device.flops}
     seconds["bus"] = 0.0 if on_host else moved / device.bus
@@ -332,7 +343,7 @@ def _cure(floor: Plan, needed: int, limits: Limits, device: Device, free: Sequen
     if device.bus == 0 and floor.choice.store == "host":
         cures.insert(0, f"--store DIR ({floor.resting / GIB:.2f} GiB of state on disk)")
     for name in ("chunks", "checkpointing", "offload", "block"):
-        if name not in free and not (name == "offload" and device.bus == 0):
+        if name not in free and (device.bus or name not in ("offload", "block")):
             cures.append(f"leaving {name} open")
     if device.bus and floor.total <= limits.device and limits.host:
         return (

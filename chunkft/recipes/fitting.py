@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from chunkft.core.exact import ELEMENTWISE
 from chunkft.core.store import GIB
-from chunkft.memory.budget import Device, parse_bytes, this_computer
+from chunkft.memory.budget import Device, installed, parse_bytes, this_computer
 from chunkft.memory.plan import Choice, Limits, Plan
 from chunkft.recipes.job import Job
 from chunkft.recipes.planning import OFFLOAD, Workload, plan
@@ -40,6 +41,7 @@ def fit(
         InputError: what fits needs more chunks than the run has steps for.
     """
     args, settings = trainer.args, job.chunk
+    load = _load(trainer, trainer.model)
     model: Any = trainer.model
     free: list[str] = []
     if settings.chunks is None and settings.method != "full" and not resuming:
@@ -56,7 +58,9 @@ def fit(
     asked = settings.stream_weights and "stream_weights" in job.given
     if _may_stream(job):
         free.append("stream_weights")
-    if "state_block" not in job.given and not resuming:
+    # beside 8-bit moments blocks decide what is rounded together; of other rules they are tensors
+    rounded = resuming and settings.state_bits == 8
+    if "state_block" not in job.given and not rounded and load.rule in ELEMENTWISE:
         free.append("block")
     start = Choice(
         settings.method,
@@ -74,8 +78,9 @@ def fit(
     if settings.method == "exact":  # slices in the model's order
         start = replace(start, layout="stream")
     assert settings.memory is not None
-    limits = Limits(parse_bytes(settings.memory))
-    found = plan(model.config, _load(trainer, model), limits, this_computer(), start, tuple(free))
+    device = this_computer()
+    limits = Limits(parse_bytes(settings.memory), installed() if device.bus else None)
+    found = plan(model.config, load, limits, device, start, tuple(free))
     choice = found.choice
     args.activation_checkpointing = args.gradient_checkpointing = choice.checkpointing
     if choice.offload and not offload:
@@ -86,6 +91,7 @@ def fit(
         choice.resident_layers,
     )
     settings.state_block = choice.block
+    settings.resident_layers *= choice.stream_weights
     saved = "offloaded" if choice.offload else "on" if choice.checkpointing else "off"
     print(
         f"plan for {settings.memory}: {found.total / GIB:.2f} GiB of tensors at the peak, "

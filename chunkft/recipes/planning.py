@@ -132,8 +132,10 @@ def run(options: argparse.Namespace) -> int:
     start = replace(start, layout=options.layout, store=options.store)
     start = replace(start, stream_weights=options.stream_weights, state_bits=options.state_bits)
     start = replace(start, block=options.state_block, resident_layers=options.resident_layers)
-    if options.method == "full":
-        start = replace(start, chunks=1)
+    if options.resident_layers < 0:
+        raise InputError(f"--resident-layers {options.resident_layers} must be at least 0")
+    if options.method == "full":  # nothing rests
+        start = replace(start, chunks=1, block=None, state_bits=32)
     free = FREE[1:] if options.chunks else FREE
     try:
         found = plan(config_of(options.model), load, limits, device, start, free)
@@ -190,7 +192,7 @@ def as_text(found: Plan, name: str, load: Workload) -> str:
         words.append("--gradient_checkpointing_kwargs '" + json.dumps(OFFLOAD) + "'")
     if choice.stream_weights:
         words.append("--stream_weights true")
-    if choice.resident_layers:
+    if choice.stream_weights and choice.resident_layers:
         words.append(f"--resident_layers {choice.resident_layers}")
     return "\n".join([*lines, "settings: " + " ".join(words)])
 

@@ -200,7 +200,9 @@ def _check(job: Job) -> None:
             f"warning: --state_bits 8 without effect: {optim} keeps its moments in few bits itself"
         )
         job.chunk.state_bits = 32
-    if job.chunk.resident_layers and not job.chunk.stream_weights:
+    if job.chunk.state_bits not in (32, 8):  # a YAML file's choices are not checked
+        raise InputError(f"--state_bits {job.chunk.state_bits} must be 32 or 8")
+    if job.chunk.resident_layers and not (job.chunk.stream_weights or job.chunk.memory):
         print("warning: --resident_layers without effect: --stream_weights is off")
         job.chunk.resident_layers = 0
     if job.mixture.datasets and job.script.dataset_name:
@@ -273,9 +275,10 @@ def _build_chunks(
         _take_over(job, kept)
     rotation, planned = _rotation(job, trainer, steps, kept), None
     if job.chunk.memory is not None:
+        as_it_is = job.chunk.stream_weights, job.chunk.resident_layers
         rotation, planned = fit(job, trainer, rotation, steps, resuming=kept is not None)
-        streamed = planned.choice.stream_weights
-        if streamed and (residence_of(model) is None or planned.choice.resident_layers):
+        planned_so = job.chunk.stream_weights, job.chunk.resident_layers
+        if job.chunk.stream_weights and planned_so != as_it_is:
             _stream(job, model)
     if job.chunk.method == "chunk" and "learning_rate" not in job.given:
         args.learning_rate = choose_learning_rate(rotation.chunks, job.chunk.layout)
@@ -370,6 +373,7 @@ def _stream(job: Job, model: PreTrainedModel) -> None:
     before = residence_of(model)
     if isinstance(before, WeightStream):
         before.detach()  # some of its layers have room on the device
+    del before  # or its homes would live on beside the new ones
     stay = job.chunk.resident_layers
     stream = stream_weights(model, rest=rest, device=job.training.device, resident=stay)
     each, sizes = stream.nbytes["slots"] / 2, _weight_bytes(model)

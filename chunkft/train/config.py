@@ -74,7 +74,7 @@ class ChunkArguments:
     state_block: int | None = setting(
         None,
         "Elements: the active chunk's state rests too and visits the device in the step only, so "
-        "many at a time (4194304 take 0.1 GiB). The same weights to the bit, a slower step.",
+        "many at a time (4194304 take 0.1 GiB). Slower; in 32 bits the same weights to the bit.",
     )
     stream_weights: bool = setting(
         False,

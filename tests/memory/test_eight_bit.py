@@ -218,6 +218,15 @@ def test_what_is_no_moment_stays_as_it_is() -> None:
     assert all(kept[key] is value for key, value in state.items())
 
 
+def test_moments_whose_meaning_is_open_stay_as_they_are() -> None:
+    large = torch.rand(4096)
+    for names in (["state1"], ["square_avg", "grad_avg", "momentum_buffer"]):
+        state = {(PIECE, name): large for name in names}
+        assert EightBitMoments().encode(state) == state
+    both = {(PIECE, "state1"): large, (PIECE, "state2"): large}
+    assert len(EightBitMoments().encode(both)) == 4
+
+
 def test_tensor_subclasses_stay_as_they_are() -> None:
     """torchao's low-bit states look like fp32 too."""
     moment = TwoTensor(torch.randn(64, 256), torch.randn(64, 256))

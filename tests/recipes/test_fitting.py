@@ -75,10 +75,13 @@ def test_less_memory_same_weights(count, sft):
         code, printed, _, out = sft(memory)
         assert code == 0 and told in printed
         assert ("units of" in printed) == ("streamed" in told)
-        assert "more than planned" not in printed
         found = json.loads((out / "metrics.json").read_text())
         for kind in ("weights", "gradient", "master"):
             assert found["measured"][kind] == pytest.approx(found["planned"][kind], rel=0.03)
+        # inputs that wait on the host are in the same memory here
+        away = {"activations"} if "offloaded" in told else set()
+        for kind in {"state", "activations", "workspace"} - away:
+            assert found["measured"][kind] <= 1.03 * found["planned"][kind], kind
         weights = AutoModelForCausalLM.from_pretrained(out, dtype="auto").state_dict()
         first = first or weights
         assert all(torch.equal(weights[name], first[name]) for name in first)
