@@ -34,15 +34,15 @@ def fit(
     job: Job, trainer: Trainer, rotation: Rotation, steps: int, resuming: bool
 ) -> tuple[Rotation, Plan]:
     """What `--memory` leaves open, chosen: K; checkpointing and offload, set in the trainer's
-    arguments; streamed weights, set in the job.
+    arguments; blocks, streamed weights and what stays beside them, set in the job.
 
     Raises:
         DoesNotFitError: nothing fits.
         InputError: what fits needs more chunks than the run has steps for.
     """
     args, settings = trainer.args, job.chunk
-    load = _load(trainer, trainer.model)
     model: Any = trainer.model
+    load = _load(trainer, model)
     free: list[str] = []
     if settings.chunks is None and settings.method != "full" and not resuming:
         free.append("chunks")
@@ -86,12 +86,8 @@ def fit(
     if choice.offload and not offload:
         kwargs = {"use_reentrant": False} | kwargs | OFFLOAD
         args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = kwargs
-    settings.stream_weights, settings.resident_layers = (
-        choice.stream_weights,
-        choice.resident_layers,
-    )
-    settings.state_block = choice.block
-    settings.resident_layers *= choice.stream_weights
+    settings.stream_weights, settings.state_block = choice.stream_weights, choice.block
+    settings.resident_layers = choice.resident_layers if choice.stream_weights else 0
     saved = "offloaded" if choice.offload else "on" if choice.checkpointing else "off"
     print(
         f"plan for {settings.memory}: {found.total / GIB:.2f} GiB of tensors at the peak, "
