@@ -20,6 +20,10 @@ class InputError(ChunkFTError, ValueError):
     """A setting, file or argument is wrong; the command line turns it into exit code 2."""
 
 
+class NoLayersError(InputError):
+    """The model has nothing that could visit the device part by part."""
+
+
 class PartitionError(InputError):
     """The model cannot be cut as asked (no trainable tensor, more chunks than rows)."""
 

@@ -96,6 +96,23 @@ def assert_close(actual: Tensor, expected: Tensor, relative: float) -> None:
     assert error <= relative, f"off by {error:.2e} of the largest value, {relative:.0e} allowed"
 
 
+def assert_same(a: Any, b: Any, laid_out: bool = False) -> None:
+    """Equal to the bit, in whatever containers; with `laid_out` also types and strides."""
+    assert not laid_out or type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        a, b = list(a.values()), [b[key] for key in a]
+    if isinstance(a, list | tuple):
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y, laid_out)
+    elif isinstance(a, Tensor):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert torch.equal(a, b)
+        assert not laid_out or a.stride() == b.stride() or a.numel() < 2
+    else:
+        assert a == b
+
+
 def llama_tensors(
     layers: int, hidden: int, key_value: int, inner: int, vocabulary: int
 ) -> list[Shape]:

@@ -9,6 +9,7 @@ then device bytes are the chunk's 16-bit gradient, and gradient + master + state
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
@@ -63,6 +64,7 @@ def step_in_passes(
         scale: of the loss, by which gradients are divided; None is 1.
         revive_of: what a new visit leaves of a block's state; None leaves it as it is.
     """
+    behind: torch.Event | None = None
     for (key, block), following in zip(passes, [*passes[1:], None], strict=True):
         rule.wake(key, leaves_of(block), revive_of(block) if revive_of else None)
         if following is not None:
@@ -73,4 +75,9 @@ def step_in_passes(
         rule.measure(parameters, waiting())
         rule.write(stepped)
         rule.retire(key)
+        if rule.device.type == "cuda":
+            # under fp32 weights nothing else waits for the device: parts would pile up there
+            if behind is not None:
+                behind.synchronize()
+            behind = torch.cuda.current_stream(rule.device).record_event()
         del stepped, parameters  # or masters live on beside those of the next pass

@@ -181,7 +181,7 @@ class Rule:
         return {
             "gradient": [p.grad for p in carriers if p.grad is not None],
             "master": [*self._masters.values(), *asleep, *self._copies()],
-            "state": [t for value in state for t in plain(value)],
+            "state": [*(t for value in state for t in plain(value)), *self.store.coming()],
         }
 
     def _copies(self) -> list[Tensor]:

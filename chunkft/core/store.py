@@ -121,6 +121,10 @@ class Store:
         if slab is not None and slab.stream is not None and device.type == "cuda":
             slab.fetch(device)
 
+    def coming(self) -> list[Tensor]:
+        """What `prefetch` has on the device, or on its way there."""
+        return [slab.coming for slab in self._slabs.values() if slab.coming is not None]
+
     def pop(self, key: str, device: torch.device) -> State | None:
         """`get`, and forget it where it does not lie in a slab that will be written again."""
         state = self.get(key, device)
@@ -195,7 +199,8 @@ class Slab:
             path.unlink(missing_ok=True)
             _reserve(path, size)
             self.bytes = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
-        self._coming: dict[int, Tensor] | None = None
+        self.coming: Tensor | None = None
+        """The slab on the device, or on its way there, that nobody has read yet."""
 
     def write(self, state: State) -> State:
         """Copy the tensors of `state` in; returns it with views of the slab in their place."""
@@ -209,7 +214,7 @@ class Slab:
             self._copy(view, tensor)
             return view
 
-        self._coming = None
+        self.coming = None
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())
         return {
@@ -220,10 +225,10 @@ class Slab:
     def fetch(self, device: torch.device) -> Tensor:
         """Start the copy of the whole slab to a CUDA `device`, on the side stream."""
         assert self.stream is not None
-        if self._coming is None:
+        if self.coming is None:
             with torch.cuda.stream(self.stream):
-                self._coming = {0: self.bytes.to(device, non_blocking=True)}
-        return self._coming[0]
+                self.coming = self.bytes.to(device, non_blocking=True)
+        return self.coming
 
     def read(self, state: State, device: torch.device) -> State:
         """`state` with its views of the slab replaced by tensors on `device`."""
@@ -231,7 +236,7 @@ class Slab:
             if self.stream is not None:
                 self.stream.synchronize()  # the write may be under way
             return self._each(state, lambda t: t.to(device, copy=True))
-        arrived, self._coming = self.fetch(device), None
+        arrived, self.coming = self.fetch(device), None
         torch.cuda.current_stream().wait_stream(self.stream)
         arrived.record_stream(torch.cuda.current_stream())
         base = self.bytes.data_ptr()

@@ -21,8 +21,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from chunkft.core.exact import cuts_of
 from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.core.partition import Slice
+from chunkft.core.passes import rests
 from chunkft.core.residence import residence_of
 from chunkft.core.store import State, nbytes
 from chunkft.memory.meter import Measured, Meter
@@ -84,6 +86,8 @@ class DryRun:
     """Elements of the largest chunk."""
     elements: int
     """Of all chunks."""
+    at_once: int
+    """Elements of what rests and wakes together: the largest chunk, or the largest block."""
     offloaded: int = 0
     """Most bytes of checkpointed layers' inputs that wait on the host at once."""
     homes: int = 0
@@ -151,9 +155,16 @@ def dry_run(
             resting = 0.0
     units = stream.units if stream else []
     homes = sum(unit.nbytes for unit in units)
-    return DryRun(
-        found, flops, resting, max(sizes), sum(sizes), away.most, homes, copied, len(units)
-    )
+    counted = max(sizes), sum(sizes), _at_once(optimizer)
+    return DryRun(found, flops, resting, *counted, away.most, homes, copied, len(units))
+
+
+def _at_once(optimizer: ChunkedOptimizer) -> int:
+    """Elements of the largest block; of rules that are not elementwise it has whole slices."""
+    partition, size = optimizer.partition, optimizer.store.block
+    cuts = cuts_of(type(optimizer.rule), optimizer.defaults)
+    parts = [part for k in range(len(partition)) for part in rests(partition, k, size, cuts)]
+    return max(sum(map(partition.elements, part.block)) for part in parts)
 
 
 def _resting(optimizer: ChunkedOptimizer) -> float:

@@ -180,15 +180,17 @@ class Meter(TorchDispatchMode):
     def _look(self) -> None:
         """Give kinds to what the optimizer holds now."""
         held = holdings(self.optimizer, self.model)
+        found: dict[int, str] = {}
         # what has gone to rest first: it makes room for what comes
         for kind, tensors in sorted(held.items(), key=lambda item: item[0] != RESTING):
-            for tensor in tensors:
-                number = self._see(tensor, kind)
-                if self._kinds[number] in PASSING:  # it was on its way to be this
-                    self._kinds[number] = self._now[number] = kind
-                elif self._now[number] not in ("weights", kind):
-                    self._now[number] = kind
-                    self._events.append(_Event(time.perf_counter(), number, 0, kind))
+            # beside a card the slab of a chunk has low bits of its masters, too: it is state
+            found |= {self._see(tensor, kind): kind for tensor in tensors}
+        for number, kind in found.items():
+            if self._kinds[number] in PASSING:  # it was on its way to be this
+                self._kinds[number] = self._now[number] = kind
+            elif self._now[number] not in ("weights", kind):
+                self._now[number] = kind
+                self._events.append(_Event(time.perf_counter(), number, 0, kind))
 
     def measured(self, points: int = 400) -> Measured:
         """What was seen so far, with a timeline of at most `points` readings."""

@@ -18,7 +18,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from chunkft.core.store import GIB, Store
-from chunkft.errors import ChunkFTError, InputError, UnsupportedError
+from chunkft.errors import ChunkFTError, NoLayersError, UnsupportedError
 from chunkft.memory.budget import HOST_BANDWIDTH, Device
 from chunkft.memory.dry_run import DryRun
 from chunkft.memory.eight_bit import EightBitMoments
@@ -100,7 +100,7 @@ class Plan:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Keyword arguments of ChunkedOptimizer."""
+        """Keyword arguments of a ChunkedOptimizer, with a Store of its own at each call."""
         choice = self.choice
         if choice.method == "full":
             return {"chunks": 1, "interval": 1}
@@ -167,7 +167,7 @@ def make_plan(
         otherwise = rungs[-1].stream_weights and not streamed
         try:
             found = _search(trial, same, limits, device, free, refused, otherwise)
-        except (InputError, UnsupportedError):
+        except (NoLayersError, UnsupportedError):
             if streamed == start.stream_weights:
                 raise
             # no layers that could be streamed, which nobody asked for
@@ -257,7 +257,7 @@ def _by_streaming(
     *_, choice = _by_chunks(rung, free)
     try:
         plan = _predict(choice, trial(rung), rung, limits, device)
-    except (InputError, UnsupportedError):
+    except (NoLayersError, UnsupportedError):
         return ""
     if _needed(plan, device) >= needed:
         return ""
@@ -278,7 +278,7 @@ def _predict(choice: Choice, tried: DryRun, at: Choice, limits: Limits, device: 
     """What `choice` takes, from a dry run of the same rung with `at.chunks` chunks."""
     share = at.chunks / choice.chunks
     largest = tried.largest * share
-    at_once = min(largest, choice.block or largest)
+    at_once = min(largest, tried.at_once if choice.block else largest)
     on_host = device.bus == 0
     rests = choice.chunks > 1 or choice.block is not None
     moves = not on_host and choice.store != "device" and rests

@@ -35,7 +35,7 @@ from torch.utils.hooks import RemovableHandle
 
 from chunkft.core.residence import RESIDENCE, residence_of
 from chunkft.core.working_set import refuse_attached, refuse_parallel
-from chunkft.errors import InputError, UnsupportedError
+from chunkft.errors import InputError, NoLayersError, UnsupportedError
 from chunkft.memory.arena import Arena, Slot
 from chunkft.memory.units import Fill, Unit, bring_others, find_units, is_table
 
@@ -377,7 +377,8 @@ def stream_weights(
         fill: writes the first value of a parameter on the meta device: (name, empty tensor).
 
     Raises:
-        InputError: no layers, an optimizer is attached, or the disk is full.
+        NoLayersError: there is nothing to stream.
+        InputError: an optimizer is attached, or the disk is full.
         UnsupportedError: weights that are no plain tensors, a compiled or parallel model.
     """
     if residence_of(model) is not None:
@@ -388,7 +389,7 @@ def stream_weights(
         raise UnsupportedError("a compiled model holds its weights in its graph; stream it as is")
     first = next(model.parameters(), None)
     if first is None:
-        raise InputError(f"{type(model).__name__} has no weights to stream")
+        raise NoLayersError(f"{type(model).__name__} has no weights to stream")
     target = torch.device("cpu" if first.is_meta else first.device)
     if device is not None:
         target = torch.empty(0, device=device).device  # with its index

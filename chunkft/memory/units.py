@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from chunkft.core.store import ALIGN, GIB
-from chunkft.errors import InputError, UnsupportedError
+from chunkft.errors import InputError, NoLayersError, UnsupportedError
 
 Fill = Callable[[str, Tensor], None]
 SMALLEST = 1 / 8  # of the largest layer's bytes; an embedding below it stays
@@ -129,7 +129,8 @@ def find_units(model: nn.Module, asked: list[nn.Module] | None, resident: int = 
         resident: layers at the end that are none.
 
     Raises:
-        InputError: there are none, or they share modules.
+        NoLayersError: there are none.
+        InputError: they share modules.
         UnsupportedError: a weight is no plain tensor.
     """
     names = {module: name for name, module in model.named_modules()}
@@ -151,7 +152,7 @@ def find_units(model: nn.Module, asked: list[nn.Module] | None, resident: int = 
     found = [_unit(names[layer], layer, uses) for layer in layers]
     found = [unit for unit in found if unit.parameters]
     if not found:
-        raise InputError(
+        raise NoLayersError(
             f"{type(model).__name__} has no ModuleList of layers with weights of their own; name "
             f"what shall visit the device as a whole in units="
         )

@@ -201,6 +201,10 @@ def as_json(found: Plan, name: str, load: Workload) -> str:
     """The plan for programs; amounts in bytes."""
     told = asdict(found) | {"total": found.total, "model": name, "fits": True}
     # a Store is no JSON, and would make its directory
-    plain = replace(found, choice=replace(found.choice, state_bits=32, block=None)).settings
+    choice = found.choice
+    plain = replace(found, choice=replace(choice, state_bits=32, block=None)).settings
+    if choice.state_bits == 8 or choice.block:
+        codec = EightBitMoments.__name__ if choice.state_bits == 8 else None
+        plain["store"] = {"kind": choice.store, "codec": codec, "block": choice.block}
     told |= {"seq": load.seq, "batch": load.batch, "settings": plain}
     return json.dumps(told, indent=1)

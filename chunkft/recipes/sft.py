@@ -13,6 +13,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 from trl import (
@@ -376,6 +377,9 @@ def _stream(job: Job, model: PreTrainedModel) -> None:
     del before  # or its homes would live on beside the new ones
     stay = job.chunk.resident_layers
     stream = stream_weights(model, rest=rest, device=job.training.device, resident=stay)
+    if job.training.device.type == "cuda":  # where the weights were until now, which is no peak
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     each, sizes = stream.nbytes["slots"] / 2, _weight_bytes(model)
     told = ", ".join(f"{kind} {size / GIB:.2f} GiB" for kind, size in sizes.items())
     print(f"{told}; {len(stream.units)} units of {each / GIB:.3f} GiB at most visit 2 slots")

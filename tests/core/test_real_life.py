@@ -15,7 +15,7 @@ from torch import Tensor, nn, optim
 
 from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.errors import NonFiniteGradientError, ReplacedParameterError
-from tests.conftest import assert_close, weights
+from tests.conftest import assert_close, assert_same, weights
 
 IDS = torch.arange(24).reshape(4, 6)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -63,17 +63,6 @@ def train(model: nn.Module, optimizer: Any, steps: int) -> list[float]:
 
 def leaves(optimizer: ChunkedOptimizer) -> list[Tensor]:
     return [leaf for group in optimizer.param_groups for leaf in group["params"]]
-
-
-def assert_same(a: Any, b: Any) -> None:
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        a, b = list(a.values()), list(b.values())
-    if isinstance(a, list | tuple):
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
 def snapshot(model: nn.Module, optimizer: ChunkedOptimizer) -> Any:

@@ -11,7 +11,7 @@ from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.core.partition import Slice
 from chunkft.core.precision import LOW
 from chunkft.errors import StateError
-from tests.conftest import weights
+from tests.conftest import assert_same, weights
 
 IDS = torch.arange(24).reshape(4, 6)
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "chunks": 4, "interval": 3, "max_grad_norm": 0.5}
@@ -158,18 +158,6 @@ def test_two_optimizers_loaded_from_one_state_share_nothing() -> None:
     expected = through_a_file(first.state_dict())
     train(*twin, 14, 30)
     assert_same(expected, first.state_dict())
-
-
-def assert_same(a: Any, b: Any) -> None:
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
 def test_the_learning_rate_comes_back() -> None:

@@ -16,7 +16,7 @@ from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.core.store import Slab, Store
 from chunkft.core.working_set import Leaf
 from chunkft.errors import ChunkFTError, InputError
-from tests.conftest import loss_of, tiny, weights
+from tests.conftest import assert_same, loss_of, tiny, weights
 
 CPU = torch.device("cpu")
 KINDS = ("device", "host", "disk")
@@ -60,21 +60,6 @@ def test_saved_states_agree_across_stores(tmp_path: Path) -> None:
     states = [run(place(k, tmp_path), torch.bfloat16)[1].state_dict() for k in KINDS]
     for other in states[1:]:
         assert_same(states[0], other)
-
-
-def assert_same(a: Any, b: Any) -> None:
-    if isinstance(a, dict):
-        assert list(a) == list(b)
-        a, b = list(a.values()), list(b.values())
-    if isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    elif isinstance(a, Tensor):
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b)
-    else:
-        assert a == b
 
 
 # -- transfers ----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from chunkft.core.store import GIB
-from chunkft.errors import InputError
+from chunkft.errors import InputError, NoLayersError
 from chunkft.memory.budget import DEVICES, Device, device_of, parse_bytes, smallest_of
 from chunkft.memory.dry_run import DryRun
 from chunkft.memory.meter import KINDS, Measured, Reading
@@ -39,7 +39,8 @@ def trial(choice: Choice) -> DryRun:
     flops = 10**13 * (4 if choice.checkpointing else 3)
     layers = (10 - choice.resident_layers) * choice.stream_weights
     streamed = layers * GIB, 2 * layers * GIB, layers
-    return DryRun([measured], [flops], 40 * GIB, 10**9 // choice.chunks, 10**9, away, *streamed)
+    sizes = 10**9 // choice.chunks, 10**9, round(awake * 10**9)
+    return DryRun([measured], [flops], 40 * GIB, *sizes, away, *streamed)
 
 
 @pytest.mark.parametrize(
@@ -166,13 +167,32 @@ def test_streamed_weights_need_room_on_the_host() -> None:
 def test_a_model_without_layers_is_not_streamed() -> None:
     def flat(choice: Choice) -> DryRun:
         if choice.stream_weights:
-            raise InputError("no ModuleList of layers")
+            raise NoLayersError("no ModuleList of layers")
         return trial(choice)
 
     with pytest.raises(DoesNotFitError, match=r"needs 11\.1\d GiB"):
         make_plan(flat, Choice(), Limits(9 * GIB), CARD, OPEN)
     with pytest.raises(InputError, match="no ModuleList"):
         make_plan(flat, Choice(stream_weights=True), Limits(9 * GIB), CARD, OPEN)
+
+
+def test_a_fault_of_streaming_is_not_taken_for_a_model_without_layers() -> None:
+    def faulty(choice: Choice) -> DryRun:
+        if choice.stream_weights:
+            raise InputError("a dry run of SomeConfig: KeyError: 'home'")
+        return trial(choice)
+
+    with pytest.raises(InputError, match="KeyError"):
+        make_plan(faulty, Choice(), Limits(9 * GIB), CARD, OPEN)
+
+
+def test_blocks_as_they_are_cut_count() -> None:
+    """Of a rule that is not elementwise a block is a whole slice, whatever was asked."""
+    choice = Choice(chunks=10, block=10**6)
+    asked = make_plan(trial, choice, Limits(99 * GIB), CARD)
+    whole = make_plan(lambda c: replace(trial(c), at_once=10**8), choice, Limits(99 * GIB), CARD)
+    assert asked.highest["state"] == pytest.approx((0.064 + 0.04) * GIB)
+    assert whole.highest["state"] == pytest.approx((4 + 4) * GIB)
 
 
 @pytest.mark.parametrize(

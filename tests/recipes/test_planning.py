@@ -85,6 +85,26 @@ def test_the_table_names_the_settings(told):
     assert chosen in printed.out
 
 
+def test_settings_for_programs_have_the_store_as_it_is(told):
+    words = ("--memory", "3GB", "--chunks", "4", "--state-block", "5000", "--json")
+    _, printed = told(*words, "--state-bits", "8")
+    store = json.loads(printed.out)["settings"]["store"]
+    assert store == {"kind": "host", "codec": "EightBitMoments", "block": 5000}
+    _, printed = told(*words)
+    assert json.loads(printed.out)["settings"]["store"] == store | {"codec": None}
+
+
+@pytest.mark.parametrize("rule", [torch.optim.AdamW, torch.optim.Adafactor])
+def test_blocks_are_planned_as_the_rule_lets_them_be_cut(rule, tiny_model):
+    config = AutoConfig.from_pretrained(tiny_model)
+    trial = trial_of(config, Workload(32, rule=rule), on_host=False)
+    tried = trial(Choice("chunk", 4, layout="stream", block=1000))
+    if rule is torch.optim.AdamW:
+        assert tried.at_once <= 1000
+    else:  # a matrix's factors belong to all of it
+        assert 1000 < tried.at_once <= tried.largest
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

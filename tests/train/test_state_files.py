@@ -4,31 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn, optim
+from torch import nn, optim
 
 from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.errors import StateError
 from chunkft.train import state_files
-from tests.conftest import weights
+from tests.conftest import assert_same, weights
 from tests.core.test_resume import Wide, build, step_wide, train
-
-
-def assert_same(a: Any, b: Any) -> None:
-    """Also types and strides, which a fused rule walks by."""
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    elif isinstance(a, Tensor):
-        assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        assert a.stride() == b.stride() or a.numel() < 2
-        assert torch.equal(a, b)
-    else:
-        assert a == b
 
 
 def saved(optimizer: ChunkedOptimizer, folder: Any) -> dict[str, Any]:
@@ -42,7 +24,7 @@ def assert_resumes(tmp_path: Any, stop: int, dtype: torch.dtype, **settings: Any
     model, first = build(dtype, **settings)
     train(model, first, 0, stop)
     state = saved(first, tmp_path / "state")
-    assert_same(state, first.state_dict())
+    assert_same(state, first.state_dict(), laid_out=True)
     resumed, second = build(dtype, init=1, **settings)
     train(resumed, second, 0, 2)
     resumed.load_state_dict(model.state_dict())
@@ -98,7 +80,7 @@ def test_another_number_of_chunks(tmp_path: Any, old: int, new: int, dtype: torc
         other.load_state_dict(model.state_dict())
         second.load_state_dict(source)
         found.append(second.state_dict())
-    assert_same(*found)
+    assert_same(*found, laid_out=True)
 
 
 def test_state_that_cannot_be_cut_is_refused_before_anything_changes(tmp_path: Any) -> None:
@@ -112,7 +94,7 @@ def test_state_that_cannot_be_cut_is_refused_before_anything_changes(tmp_path: A
     before = saved(second, tmp_path / "before")
     with pytest.raises(StateError, match="not elementwise"):
         second.load_state_dict(state)
-    assert_same(before, second.state_dict())
+    assert_same(before, second.state_dict(), laid_out=True)
 
 
 def test_a_loaded_state_outlives_its_files(tmp_path: Any) -> None:
@@ -127,7 +109,7 @@ def test_a_loaded_state_outlives_its_files(tmp_path: Any) -> None:
             copy = path.read_bytes()
             path.write_bytes(b"\0" * len(copy))  # in place: a mapping would see it
             path.write_bytes(copy)
-        assert_same(wanted, second.state_dict())
+        assert_same(wanted, second.state_dict(), laid_out=True)
 
 
 def test_tensors_come_back_as_they_lay(tmp_path: Any) -> None:
@@ -144,7 +126,7 @@ def test_tensors_come_back_as_they_lay(tmp_path: Any) -> None:
     }
     part = {"w": [{"start": 0, "stop": 2, "steps": 1, "updates": 1, "last": 0, "values": values}]}
     state_files._write(part, tmp_path / "part-00000.pt")
-    assert_same(part, state_files._read(tmp_path / "part-00000.pt"))
+    assert_same(part, state_files._read(tmp_path / "part-00000.pt"), laid_out=True)
 
 
 def test_the_8_bits_of_torchao(tmp_path: Any) -> None:
@@ -166,4 +148,4 @@ def test_bitsandbytes(tmp_path: Any) -> None:
     for _ in range(3):
         model(torch.randn(4, 128)).square().mean().backward()
         optimizer.step()
-    assert_same(saved(optimizer, tmp_path / "state"), optimizer.state_dict())
+    assert_same(saved(optimizer, tmp_path / "state"), optimizer.state_dict(), laid_out=True)
