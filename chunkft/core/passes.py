@@ -74,7 +74,7 @@ def step_in_passes(
         rule.step(groups, in_parts=True)
         rule.measure(parameters, waiting())
         rule.write(stepped)
-        rule.retire(key)
+        rule.retire(key, written=stepped)
         if rule.device.type == "cuda":
             # under fp32 weights nothing else waits for the device: parts would pile up there
             if behind is not None:

@@ -16,7 +16,7 @@ Cost at rest: 2 bytes an element instead of 4, plus 10 bytes an exception.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -42,11 +42,16 @@ def rest(master: Tensor, weight: Tensor) -> dict[str, Tensor]:
     """What must be kept of `master` (fp32) beside `weight`, which it rounds to."""
     if weight.dtype != torch.bfloat16:
         return {WHOLE: master, CHECK: fingerprint(weight)}
-    bits = master.detach().reshape(-1).view(torch.int32)
-    low = bits.view(torch.int16)[LOWER::2].clone()
-    wrong = (_joined(low, weight) != bits).nonzero().reshape(-1)
-    high = (bits[wrong] >> 16).to(torch.int16)
-    return {LOW: low, INDEX: wrong, HIGH: high, CHECK: fingerprint(weight)}
+    bits, upper = master.detach().reshape(-1).view(torch.int32), _halves(weight)
+    low = torch.empty_like(upper)
+    wrong = []
+    for here in _windows(bits):
+        low[here] = bits[here].view(torch.int16)[LOWER::2]
+        missed = _joined(low[here], upper[here]) != bits[here]
+        wrong.append(missed.nonzero().reshape(-1).add_(here.start))
+    index = torch.cat(wrong)
+    high = (bits[index] >> 16).to(torch.int16)
+    return {LOW: low, INDEX: index, HIGH: high, CHECK: fingerprint(weight)}
 
 
 def wake(kept: dict[str, Tensor], weight: Tensor) -> Tensor:
@@ -58,8 +63,10 @@ def wake(kept: dict[str, Tensor], weight: Tensor) -> Tensor:
         return weight.detach().float()
     if WHOLE in kept:
         return kept[WHOLE].to(weight.device).reshape(weight.shape)
-    low = kept[LOW].to(weight.device)
-    bits = _joined(low, weight)
+    low, upper = kept[LOW].to(weight.device), _halves(weight)
+    bits = torch.empty_like(low, dtype=torch.int32)
+    for here in _windows(bits):
+        bits[here] = _joined(low[here], upper[here])
     wrong = kept[INDEX].to(weight.device)
     high = kept[HIGH].to(weight.device).to(torch.int32)
     bits[wrong] = (high << 16) | (low[wrong].to(torch.int32) & 0xFFFF)
@@ -82,10 +89,23 @@ def total_norm(gradients: Iterable[Tensor], scale: Tensor | None) -> Tensor:
     return total if scale is None else total * scale.double().reciprocal().to(total)
 
 
-def _joined(low: Tensor, weight: Tensor) -> Tensor:
-    """Bits of the master by the rule above; in place, a fresh page costs more than the sum."""
-    upper = weight.detach().contiguous().reshape(-1).view(torch.int16)
+def _joined(low: Tensor, upper: Tensor) -> Tensor:
+    """Bits of the master by the rule above."""
     return upper.to(torch.int32).bitwise_left_shift_(16).add_(low)
+
+
+def _halves(weight: Tensor) -> Tensor:
+    return weight.detach().contiguous().reshape(-1).view(torch.int16)
+
+
+def _windows(values: Tensor) -> Iterator[slice]:
+    """Parts of `values` that stay in a CPU's cache, and are a fraction of it in memory.
+
+    On CUDA, where each costs launches and a wait, they are large.
+    """
+    size = 2**24 if values.is_cuda else max(2**18, values.numel() // 64)
+    for begin in range(0, max(1, values.numel()), size):
+        yield slice(begin, begin + size)
 
 
 def overwritten(weight: Tensor, master: Tensor, known: bool) -> bool:

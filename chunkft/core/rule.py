@@ -10,7 +10,7 @@ Its parameters are the leaves themselves, or the fp32 masters of 16-bit ones. De
 + master + state of one chunk.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -144,9 +144,14 @@ class Rule:
             leaf.written()
         self.note_versions()
 
-    def retire(self, key: str, resting: bool = True) -> None:
-        """Move the state of the awake leaves to the store; `resting` as in `Store.put`."""
-        state = self.state()
+    def retire(self, key: str, resting: bool = True, written: Collection[Leaf] = ()) -> None:
+        """Move the state of the awake leaves to the store.
+
+        Args:
+            resting: as in `Store.put`.
+            written: leaves that nobody can have written to since `write`.
+        """
+        state = self.state(written)
         self.forget()
         if state:
             self.store.put(key, state, resting)
@@ -163,14 +168,16 @@ class Rule:
     def device(self) -> torch.device:
         return next(iter(self.leaves.values())).tensor.device
 
-    def state(self) -> State:
-        """State and masters of the awake leaves, as they rest."""
-        return {key: value for state in self.states() for key, value in state.items()}
+    def state(self, written: Collection[Leaf] = ()) -> State:
+        """State and masters of the awake leaves, as they rest; `written` as in `retire`."""
+        return {key: value for state in self.states(written) for key, value in state.items()}
 
-    def states(self) -> Iterator[State]:
+    def states(self, written: Collection[Leaf] = ()) -> Iterator[State]:
         """`state()`, leaf by leaf."""
+        safe = {leaf.piece for leaf in written}
         for piece, leaf in self.leaves.items():
-            yield {(piece, name): value for name, value in self._kept_of(leaf).items()}
+            values = self._kept_of(leaf, piece in safe)
+            yield {(piece, name): value for name, value in values.items()}
 
     def holdings(self) -> dict[str, list[Tensor]]:
         """Tensors by kind: gradient, master, state."""
@@ -269,12 +276,12 @@ class Rule:
             master.copy_(leaf.tensor)  # weights were loaded in place: they are the master now
         return False
 
-    def _kept_of(self, leaf: Leaf) -> Values:
+    def _kept_of(self, leaf: Leaf, safe: bool) -> Values:
         values = dict(self.inner.state.get(self.parameter(leaf), {}))
         values |= self._asleep.get(leaf.piece, {})
         master = self._masters.get(leaf.piece)
         if master is not None and self.master != "none":
-            if precision.overwritten(leaf.tensor, master, known=False):
+            if not safe and precision.overwritten(leaf.tensor, master, known=False):
                 master.copy_(leaf.tensor)
             values |= precision.rest(master, leaf.tensor)
         return values

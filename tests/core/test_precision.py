@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from chunkft.core import precision
 from chunkft.core.optimizer import ChunkedOptimizer
+from tests.conftest import Ops
 
 TIES = (1.00390625, 0.998046875)  # both round to 1.0: one down, one up, both with low half 0x8000
 SMALLEST = 2.0**-149  # subnormal of fp32
@@ -98,7 +99,20 @@ def test_bytes_at_rest() -> None:
     assert 0 < len(kept[precision.INDEX]) < 50  # expected: 2^-17 of a million, 8
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (5, 3), (2, 3, 4, 5)])
+def test_exceptions_of_every_window() -> None:
+    """A large master is taken in parts; ties at their ends and on both sides of them are kept."""
+    torch.manual_seed(0)
+    master = torch.randn(2**18 * 3 + 5)
+    ties = [0, 2**18 - 1, 2**18, 2**19 - 1, 2**19, 2**18 * 3 - 1, 2**18 * 3, 2**18 * 3 + 4]
+    master[ties] = TIES[0]
+    with Ops(nn.ParameterList([nn.Parameter(master)])) as made:
+        kept = precision.rest(master, master.to(torch.bfloat16))
+    assert set(ties) <= set(kept[precision.INDEX].tolist())
+    assert made.largest == kept[precision.LOW].nbytes
+    assert torch.equal(bits(precision.wake(kept, master.to(torch.bfloat16))), bits(master))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (5, 3), (2, 3, 4, 5)])
 def test_shapes_come_back(shape: tuple[int, ...]) -> None:
     master = torch.randn(shape)
     assert torch.equal(round_trip(master), master)
