@@ -26,6 +26,7 @@ et al., arXiv 2309.01507).
 Bytes at rest: 1 + 4/256 an element. On a CPU thread 10 M elements take some 0.12 s in, 0.03 s out.
 """
 
+import warnings
 import zlib
 from collections.abc import Iterator
 from functools import lru_cache
@@ -36,6 +37,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from chunkft.core import precision
 from chunkft.core.store import State
 
 BLOCK = 256  # elements
@@ -57,17 +59,20 @@ class EightBitMoments:
 
     An fp32 tensor under one of the names above, of at least 4096 elements in its slice, rests as
     codes and scales; everything else as it is, what is in 8 bits already (bitsandbytes, torchao)
-    too. Beside `Store(block=N)` a slice is what of it lies in a block.
+    too. Fp32 tensors of that size under other names are told once, in a warning. Beside
+    `Store(block=N)` a slice is what of it lies in a block.
     """
 
     def __init__(self) -> None:
         self._tables: dict[tuple[bool, torch.device], _Table] = {}
+        self._told: set[str] = set()
 
     def encode(self, state: State) -> State:
         """`state`, keyed by (slice, name), with codes and scales in the place of moments."""
         rests: State = {}
         for key, value in state.items():
             if not _is_moment(key, value, state):
+                self._tell(key[1], value)
                 rests[key] = value
                 continue
             table = self._table(key[1] in SIGNED, value.device)
@@ -87,6 +92,15 @@ class EightBitMoments:
                 table = self._table(name[1] in SIGNED, value.device)
                 awake[tuple(name)] = _dequantize(value, state[*name, SCALE], table)
         return awake
+
+    def _tell(self, name: str, value: Any) -> None:
+        if _is_large(value) and name not in precision.KEYS and name not in self._told:
+            self._told.add(name)
+            warnings.warn(
+                f"EightBitMoments: {name!r} ({value.numel()} elements in the first slice) is no "
+                f"moment that it knows, and rests in fp32",
+                stacklevel=2,
+            )
 
     def _table(self, signed: bool, device: torch.device) -> "_Table":
         if (signed, device) not in self._tables:
@@ -134,11 +148,14 @@ def _is_moment(key: Any, value: Any, state: State) -> bool:
         return False  # bitsandbytes' RMSprop has its second moment there, Lion its first
     if (piece, "grad_avg") in state:
         return False  # RMSprop(centered=True): the square root of a difference of two of them
+    return name in SIGNED | UNSIGNED and _is_large(value)
+
+
+def _is_large(value: Any) -> bool:
     return (
         isinstance(value, Tensor)
         and value.dtype == torch.float32
         and value.numel() >= SMALLEST
-        and name in SIGNED | UNSIGNED
         and not is_traceable_wrapper_subclass(value)
     )
 

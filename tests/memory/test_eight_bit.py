@@ -1,5 +1,6 @@
 """Moments at rest in 8 bits: what is kept, what is lost, and that they still decay."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -213,11 +214,18 @@ def test_what_is_no_moment_stays_as_it_is() -> None:
         STEP: torch.tensor(3.0),
         (PIECE, "n"): 4,
     }
-    kept = EightBitMoments().encode(state)
+    codec = EightBitMoments()
+    with pytest.warns(UserWarning) as told:
+        kept = codec.encode(state)
     assert list(kept) == list(state)
     assert all(kept[key] is value for key, value in state.items())
+    assert [str(w.message).split("'")[1] for w in told] == ["ax", "step_size"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        codec.encode(state)  # a switch a step: once is enough
 
 
+@pytest.mark.filterwarnings("ignore:EightBitMoments")
 def test_moments_whose_meaning_is_open_stay_as_they_are() -> None:
     large = torch.rand(4096)
     for names in (["state1"], ["square_avg", "grad_avg", "momentum_buffer"]):
