@@ -80,9 +80,9 @@ def build(name: str, lr: float, seed: int = 0, **settings: Any) -> Method:
 
 
 def chunk(model: Any, lr: float, seed: int = 0, **settings: Any) -> Method:
-    """ChunkedOptimizer with `settings`, and `state_bits`; its store may be a directory."""
+    """ChunkedOptimizer with `settings`, `state_bits` and the store's `block`."""
     codec = EightBitMoments() if settings.pop("state_bits", 32) == 8 else None
-    shelf = Shelf(settings.pop("store", "host"), codec)
+    shelf = Shelf(settings.pop("store", "host"), codec, settings.pop("block", None))
     if not settings.get("exact"):  # which has no order that a seed could shuffle
         settings["seed"] = seed
     optimizer = ChunkedOptimizer(
@@ -201,12 +201,15 @@ def random_batches(tokens: int, vocabulary: int, seed: int = 0) -> Iterator[Batc
 
 def provenance() -> str:
     """Commit, processor and versions, for the head of a results file."""
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return (
-        f"at {commit}, {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}"
+        f"at {commit()}, {_processor()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     )
+
+
+def commit() -> str:
+    git = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _processor() -> str:

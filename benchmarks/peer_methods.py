@@ -247,6 +247,15 @@ ENTRIES = {
     ),
     "stream-K64": _chunk("stream", 64),
     "spread-K8": _chunk("spread", 8),
+    "spread-K8-blocks": Entry(
+        "chunk spread, K=8, blocks of 256K",
+        0.0,
+        "",
+        "chunk",
+        SPREAD | {"chunks": 8, "block": 2**18},
+        rate_of="spread-K8",
+        note="state visits in the step only, 2^18 elements at a time",
+    ),
     "spread-K16": _chunk("spread", 16),
     "spread-K64": _chunk("spread", 64),
     "exact-K16": Entry(

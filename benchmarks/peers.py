@@ -7,7 +7,8 @@ method has a process of its own, one after another, and does four things there:
 
 rate     Successive halving from the rate that its authors, or dense AdamW, suggest: three rates a
          factor of two apart at a quarter of `--steps` (up to five where the best is at the edge),
-         the better two at half. The same budget for everyone; exact mode takes dense AdamW's rate.
+         the better two at half. The same budget for everyone; what goes the way of another row to
+         the bit takes its rate.
 steps    Held-out loss after `--steps` steps, the mean over seeds. In the first seed's run a meter
          looks at the tensors that live (benchmarks/meter.py). Not timed.
 time     Dense AdamW and the method take turns, one step each, in the same process, and a round
@@ -48,7 +49,7 @@ from typing import Any
 import torch
 
 from benchmarks.meter import KINDS, Meter, PrivateMemory, working
-from benchmarks.methods import provenance
+from benchmarks.methods import commit, provenance
 from benchmarks.peer_methods import ENTRIES, Entry
 from benchmarks.quality import TASKS, Data, Results, halving, train
 from chunkft.models.load import load_model
@@ -77,7 +78,8 @@ class Contestant:
         if fitting != budget:
             in_time = [self.loss("seconds", lr, fitting, seed) for seed in seeds]
         seen = self.results.all(kind="bytes", **self.key)[-1]
-        found = {"lr": lr, "losses": losses, "fitting": fitting, "in_time": in_time}
+        found: Row = {"lr": lr, "losses": losses, "fitting": fitting, "in_time": in_time}
+        found["commit"] = commit()
         found |= {part: timed[part] for part in ("ratios", "rare")}
         found |= {part: seen[part] for part in ("bytes", "held", "resting", "private")}
         self.results.add({"kind": "done", **summary_key(self.name, self.options), **found})
@@ -268,21 +270,25 @@ def head(options: argparse.Namespace) -> str:
     return (
         "# Chunks and their peers: SmolLM2-135M, bf16\n\n"
         f"`python -m benchmarks.peers --steps {options.steps} --seeds {options.seeds} "
-        f"--rounds {options.rounds}`, task {options.task}, {provenance()}. Seconds: median over "
-        f"{options.rounds} rounds (smallest to largest) of {turns}, over dense AdamW's in the same "
-        "process. Bytes: at the moment of the most working bytes, over dense AdamW's working "
-        "bytes; `temporary` is all else that an update makes; `at rest` lies on the host beside a "
-        "GPU, here in the same memory. Process: private memory, over dense AdamW's. Losses: held "
-        f"out, mean over seeds [smallest to largest]; learning rates {tuning}.\n\n"
+        f"--rounds {options.rounds}`, task {options.task}, written {provenance()}. "
+        f"Seconds: median over {options.rounds} rounds (smallest to largest) of {turns}, over "
+        "dense AdamW's in the same process. Bytes: at the moment of the most working bytes, over "
+        "dense AdamW's working bytes; `temporary` is all else that an update makes; `at rest` lies "
+        "on the host beside a GPU, here in the same memory. Process: private memory, over dense "
+        "AdamW's. Losses: held out, mean over seeds [smallest to largest]; learning rates "
+        f"{tuning}.\n\n"
     )
 
 
 def notes(rows: dict[str, Row]) -> str:
     lines = []
-    for name in rows:
+    for name, row in rows.items():
         entry = ENTRIES[name]
-        start = f"lr from {entry.rate:.2g}, {entry.source}" if entry.source else "dense's lr"
-        lines.append(f"- {entry.title}: {start}{'; ' + entry.note if entry.note else ''}.")
+        start = f"lr from {entry.rate:.2g}, {entry.source}"
+        if entry.rate_of:
+            start = f"the lr of {ENTRIES[entry.rate_of].title}"
+        note = f"; {entry.note}" if entry.note else ""
+        lines.append(f"- {entry.title}: {start}{note}; at {row.get('commit', 'no commit')}.")
     return "\n".join(lines)
 
 

@@ -26,6 +26,7 @@ def row(step: float, size: int, loss: float = 0.5, rare: float = 0.0) -> dict[st
         "losses": [loss],
         "fitting": 100,
         "in_time": [loss],
+        "commit": "abc1234",
     }
 
 
@@ -57,6 +58,13 @@ def test_goals() -> None:
     assert "least peer (LoRA r=16, all linear): 0.312, at most 1: met" in found
     assert "its seconds: 1.40 of dense): 0.000, at most 0: met" in found
     assert "BAdam at equal" not in found  # it did not run
+
+
+def test_notes_tell_whose_rate_and_which_commit() -> None:
+    lines = peers.notes(rows()).splitlines()
+    assert lines[0].endswith("as in benchmarks/quality.py; at abc1234.")
+    assert lines[3].endswith("no clipping; at no commit.")
+    assert lines[-1] == "- chunk exact, K=16: the lr of dense AdamW, fp32 master; at abc1234."
 
 
 def test_a_summary_counts_for_its_own_settings_and_a_success_for_more_than_an_error(
