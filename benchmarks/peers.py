@@ -176,7 +176,8 @@ def run_apart(name: str, path: Path, options: argparse.Namespace) -> None:
     if code:
         error = f"signal {-code}" if code < 0 or not said else said[-1]
         print(*said[-20:], sep="\n", file=sys.stderr)
-        Results(path).add({"kind": "error", **summary_key(name, options), "error": error})
+        found = {"error": error, "commit": commit()}
+        Results(path).add({"kind": "error", **summary_key(name, options), **found})
 
 
 def forget(names: list[str], path: Path) -> None:
@@ -288,7 +289,7 @@ def notes(rows: dict[str, Row]) -> str:
         if entry.rate_of:
             start = f"the lr of {ENTRIES[entry.rate_of].title}"
         note = f"; {entry.note}" if entry.note else ""
-        lines.append(f"- {entry.title}: {start}{note}; at {row.get('commit', 'no commit')}.")
+        lines.append(f"- {entry.title}: {start}{note}; at {row['commit']}.")
     return "\n".join(lines)
 
 

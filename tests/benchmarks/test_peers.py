@@ -35,7 +35,7 @@ def rows() -> dict[str, Any]:
         "dense": row(1.0, 1600),
         "lora": row(0.8, 80),
         "galore": row(0.9, 400, rare=20.0),
-        "lomo": {"error": "RuntimeError: no | luck"},
+        "lomo": {"error": "RuntimeError: no | luck", "commit": "def5678"},
         "stream-K16": row(0.55, 100),
         "stream-K64": row(0.5, 25),
         "spread-K16": row(0.9, 100),
@@ -63,7 +63,7 @@ def test_goals() -> None:
 def test_notes_tell_whose_rate_and_which_commit() -> None:
     lines = peers.notes(rows()).splitlines()
     assert lines[0].endswith("as in benchmarks/quality.py; at abc1234.")
-    assert lines[3].endswith("no clipping; at no commit.")
+    assert lines[3].endswith("no clipping; at def5678.")
     assert lines[-1] == "- chunk exact, K=16: the lr of dense AdamW, fp32 master; at abc1234."
 
 
