@@ -24,6 +24,7 @@ chunkft: full-parameter fine-tuning in the memory of an adapter
 
   chunkft sft    fine-tune all parameters of a language model on your records
   chunkft plan   what that takes, and the settings that fit a memory; needs no weights, no GPU
+  chunkft merge  an adapter and its base become one plain model
   chunkft demo   see it work: SmolLM2-135M learns a task in a few minutes on a CPU
 
   chunkft <command> --help   what it takes
@@ -33,7 +34,8 @@ chunkft: full-parameter fine-tuning in the memory of an adapter
 SFT_HELP = """\
 usage: chunkft sft --dataset_name DATA [--model_name_or_path MODEL] [--output_dir DIR] [...]
 
-Fine-tune all parameters of a language model, one chunk of them at a time.
+Fine-tune all parameters of a language model, one chunk of them at a time; or, with --method
+lora and the like, an adapter.
 Takes every flag and YAML key (--config FILE) of `trl sft`; these matter most:
 
   --dataset_name DATA        .jsonl .json .csv .parquet, a folder, a hub id, or
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"chunkft {__version__}")
         return 0
-    commands = {"sft": _sft, "plan": _plan, "demo": _demo}
+    commands = {"sft": _sft, "plan": _plan, "merge": _merge, "demo": _demo}
     try:
         if command not in commands:
             raise InputError(f"unknown command {command!r}; use one of {', '.join(commands)}")
@@ -154,6 +156,25 @@ def _plan(words: list[str]) -> int:
     from chunkft.recipes import planning
 
     return planning.run(options)
+
+
+def _merge(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="chunkft merge",
+        description="Load the base of ADAPTER in 16 bits, merge, and save a plain model to OUT. "
+        "Virtual tokens (prefix, prompt, ptuning) cannot be merged.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="the folder that a run has saved")
+    parser.add_argument("out", metavar="OUT", help="an empty folder")
+    parser.add_argument("--base", metavar="MODEL", help="in the place of the one it was trained on")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32", "auto"], default="bfloat16"
+    )
+    options = parser.parse_args(words)
+    from chunkft.recipes import merge
+
+    return merge.run(options)
 
 
 def _demo(words: list[str]) -> int:

@@ -13,9 +13,7 @@ from chunkft.memory.budget import Device, installed, parse_bytes, this_computer
 from chunkft.memory.plan import Choice, Limits, Plan
 from chunkft.recipes.job import Job
 from chunkft.recipes.planning import OFFLOAD, Workload, plan
-from chunkft.train.config import Rotation, choose_rotation
-
-CHECKPOINTING = {"gradient_checkpointing", "activation_checkpointing"}
+from chunkft.train.config import CHECKPOINTING, Rotation, choose_rotation
 
 
 def must_stream(job: Job, model: Any, device: Device) -> bool:

@@ -17,6 +17,8 @@ BYTES_PER_ELEMENT, WORKING_BYTES = 16, 2**30
 LONG_VISIT = 20
 DENSE_LEARNING_RATE = 2e-5  # TRL's default for dense AdamW
 
+CHECKPOINTING = {"gradient_checkpointing", "activation_checkpointing"}  # one flag, two names
+
 _ALL_AT_ONCE = "needs the model's gradients all at once"
 REFUSED = {
     "galore": _ALL_AT_ONCE,
@@ -25,6 +27,9 @@ REFUSED = {
     "schedule_free": "evaluates other weights than it trains",
 }
 # names of --optim whose first moment is where `decay` looks for it
+ADAPTERS = ("lora", "dora", "rslora", "pissa", "adalora", "oft", "boft", "vera", "ia3", "miss")
+ADAPTERS += ("prefix", "prompt", "ptuning")  # by models/adapters.py, which takes PEFT to import
+
 ADAMW = ("adamw_torch", "adamw_apex", "adamw_bnb", "adamw_8bit", "paged_adamw")
 
 
@@ -39,8 +44,24 @@ class ChunkArguments:
     method: str = setting(
         "chunk",
         "chunk: train all parameters, one chunk at a time. exact: all chunks in every step, one "
-        "after another: dense training's result at one chunk's memory. full: dense, all at once.",
-        choices=["chunk", "exact", "full"],
+        "after another: dense training's result at one chunk's memory. full: dense, all at once. "
+        "Others: an adapter of PEFT on frozen weights.",
+        choices=["chunk", "exact", "full", *ADAPTERS],
+    )
+    trainable: str | None = setting(
+        None,
+        "Budget of an adapter, such as 0.2% or 500000: the rank, block size or number of virtual "
+        "tokens that comes closest is taken. Or give it as --lora_r.",
+    )
+    adapter_kwargs: str | None = setting(
+        None,
+        "JSON: settings of PEFT's configuration class by its own names, such as "
+        '\'{"init_lora_weights": "olora"}\'.',
+    )
+    quantize: str | None = setting(
+        None,
+        "Frozen weights under an adapter in 4 or 8 bits, by bitsandbytes.",
+        choices=["nf4", "int8"],
     )
     chunks: int | None = setting(
         None,

@@ -5,6 +5,7 @@ is small stays Trainer's. A checkpoint counts from its manifest on (checkpoints.
 cut short, by a kill or a full disk, costs nothing but itself.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,9 @@ from transformers.trainer import SCHEDULER_NAME
 
 from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.train import checkpoints, state_files, weights
+from chunkft.train.adalora import all_ranks
+
+ENCODER = "prompt_encoder.pt"
 
 
 class StreamingTrainer(Trainer):
@@ -50,11 +54,24 @@ class StreamingTrainer(Trainer):
     ) -> None:
         model = self._stock_model()
         if state_dict is not None or not weights.streamable(model):
-            super()._save(output_dir, state_dict)
+            # one to go on from has the ranks that AdaLoRA has set to zero, too
+            with all_ranks(model) if self._in_checkpoint else nullcontext():
+                super()._save(output_dir, state_dict)
+            # and what makes virtual tokens: PEFT saves the tokens
+            encoder = getattr(model, "prompt_encoder", None)
+            if self._in_checkpoint and encoder is not None:
+                torch.save(encoder.state_dict(), Path(str(output_dir)) / ENCODER)
             return
         super()._save(output_dir, state_dict={})  # all but the weights
         folder = Path(str(output_dir or self.args.output_dir))
         weights.write(model, folder, original=not self._in_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / ENCODER
+        if path.is_file():
+            kept = torch.load(path, map_location="cpu", weights_only=True)
+            cast("Any", self._stock_model()).prompt_encoder.load_state_dict(kept)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer = self._chunked_optimizer()

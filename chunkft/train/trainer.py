@@ -34,7 +34,9 @@ from chunkft.errors import ChunkFTError, InputError, UnsupportedError
 from chunkft.memory.budget import card_peaks
 from chunkft.memory.eight_bit import EightBitMoments
 from chunkft.train import checkpoints
+from chunkft.train.adalora import AdaLoraTrainer
 from chunkft.train.config import ChunkArguments, Rotation, choose_moments, refuse_optimizer
+from chunkft.train.saving import StreamingTrainer
 
 if sys.platform == "win32":
     import psutil  # comes with accelerate
@@ -231,6 +233,29 @@ class RunCallback(TrainerCallback):
         """Leave the bar as it is and go to the next line."""
         if self.bar is not None:
             self.bar.close()
+
+
+class ChunkTrainer(AdaLoraTrainer, StreamingTrainer):
+    """Goes before TRL's trainer among the bases of a class: training logs carry what only the
+    optimizer knows, checkpoints take constant memory, AdaLoRA gets what PEFT leaves out.
+    """
+
+    run: RunCallback | None = None
+    _metrics: Any  # TRL's
+    _total_train_tokens: float
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.run is None:
+            # the numbers before and after are told by the report; a tracker that is asked before
+            # training begins does not know its folder yet
+            self._metrics["eval"].clear()
+            return
+        self.run.extend(logs)
+        super().log(logs, start_time)
+
+    def tokens_seen(self) -> float:
+        """Tokens trained on so far; TRL counts them."""
+        return self._total_train_tokens
 
 
 class CheckpointCallback(TrainerCallback):

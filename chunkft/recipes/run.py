@@ -1,0 +1,165 @@
+"""The life of a run, whatever it trains: prepared, judged, trained, judged again, reported."""
+
+import shlex
+import signal
+from pathlib import Path
+from typing import Any
+
+from chunkft.core.optimizer import ChunkedOptimizer
+from chunkft.errors import as_input_error
+from chunkft.memory.budget import card_peaks
+from chunkft.models.adapters import METHODS
+from chunkft.models.losses import install_head
+from chunkft.recipes import judging, methods
+from chunkft.recipes.chunks import build_chunks, weight_bytes
+from chunkft.recipes.job import Job
+from chunkft.recipes.records import Data
+from chunkft.train import checkpoints, report
+from chunkft.train.adalora import AdaLoraCallback, config_of
+from chunkft.train.metering import MeterCallback, overruns
+from chunkft.train.trainer import (
+    CheckpointCallback,
+    ChunkTrainer,
+    RunCallback,
+    peak_memory_gib,
+    watch,
+)
+
+DEFAULT_MODEL = "smollm2-135m"
+RESUME = "--resume_from_checkpoint"
+
+
+def model_of(job: Job) -> str:
+    """The model's name, or the default's."""
+    return job.model.model_name_or_path or DEFAULT_MODEL
+
+
+def prepare(setting: str | bool | None, out: Path) -> Path | None:
+    """Look at the output directory; returns the checkpoint to go on from."""
+    resume = None if setting is None else str(setting)  # YAML has true and false
+    found, torn = checkpoints.to_resume(resume, out)
+    checkpoints.prepare_output(out, found, checkpoints.wanted(resume))
+    for line in torn:
+        print(f"warning: {line}; passed over", flush=True)
+    if checkpoints.wanted(resume):
+        print(f"resuming from {found}" if found else f"no checkpoint in {out} yet: from the start")
+    return found
+
+
+def drive(job: Job, trainer: ChunkTrainer, model: Any, data: Data, found: Path | None) -> int:
+    """Train and report; returns the exit code: 0, or 128 + signal number when told to stop.
+
+    Args:
+        trainer: built, with the trainable parameters marked; its optimizer is made here.
+        model: without an adapter's wrapper.
+        found: the checkpoint to go on from.
+
+    Raises:
+        ChunkFTError: whatever is wrong with the settings or the run, in one line.
+    """
+    args, out = job.training, Path(str(job.training.output_dir))
+    with as_input_error("building the optimizer"):
+        optimizer, planned = build_chunks(job, trainer, found)
+    saves = CheckpointCallback(out, args.save_total_limit)
+    watching = RunCallback(optimizer, trainer.tokens_seen)
+    watch(trainer, watching, saves)
+    trained: Any = trainer.model  # around `model` where there is an adapter
+    meter = MeterCallback(trained, optimizer, model.config.get_text_config().vocab_size)
+    trainer.add_callback(meter)
+    if config_of(trained):
+        trainer.add_callback(AdaLoraCallback(trained, out, found))
+    undo_head = install_head(model)
+    with as_input_error("the first forward passes"):
+        before, answers = judging.before(
+            out, trainer, data, job.chunk.score_samples, fresh=found is None
+        )
+    trainer.run = watching
+    try:
+        trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    finally:
+        watching.close()  # or an error would be told behind the bar
+    trainer.run = None
+    if saves.stopped_by and trainer.state.global_step < trainer.state.max_steps:
+        print(f"stopped by {saves.stopped_by}; {_how_to_go_on(job.command, out)}")
+        return 128 + signal.Signals[saves.stopped_by]
+    sizes = optimizer.nbytes
+    optimizer.detach()
+    model.config.use_cache = True  # training switched it off
+    # before anything that may fail or be interrupted
+    trainer.save_model(str(out))
+    audit = optimizer.audit()
+    after, solved = judging.evaluate(trainer, data, job.chunk.score_samples)
+    undo_head()
+    outcome = report.Outcome(
+        command=job.command,
+        settings=_settings(job, optimizer, trained),
+        history=[row for row in trainer.state.log_history if "loss" in row],
+        before=before,
+        after=after,
+        audit=audit,
+        bytes_by_kind={**weight_bytes(trained), **sizes},
+        peak_gib=peak_memory_gib(),
+        card=card_peaks(),
+        seconds=watching.seconds,
+        parameters=sum(optimizer.partition.sizes()),
+        measured=meter.measured,
+        plan=planned,
+        samples=judging.samples(data, answers, solved),
+    )
+    path = report.write(out, outcome)
+    report.write_metrics(out, outcome, watching.step_seconds)
+    report.tell(outcome, path)
+    if planned is not None and meter.measured is not None:
+        for line in overruns(meter.measured, planned):
+            print(f"warning: more than planned: {line}")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=job.script.dataset_name)
+    trainer.end()  # the trackers
+    return 0
+
+
+def _settings(job: Job, optimizer: ChunkedOptimizer, model: Any) -> dict[str, Any]:
+    args, chunks = job.training, dict[str, Any](chunks=optimizer.schedule.chunks)
+    if not optimizer.exact:
+        chunks |= {
+            "interval": optimizer.schedule.interval,
+            "layout": job.chunk.layout,
+            "order": job.chunk.order,
+            "moments": optimizer.moments,
+        }
+    for name in ("store", "state_bits", "state_block", "stream_weights", "resident_layers"):
+        chunks[name] = getattr(job.chunk, name)
+    return {
+        "model": model_of(job),
+        "dtype": job.model.dtype,
+        "data": [d.path or d.data_files for d in job.mixture.datasets] or job.script.dataset_name,
+        "method": job.chunk.method,
+        **(methods.told(model, job) if job.chunk.method in METHODS else chunks),
+        "optim": str(getattr(args.optim, "value", args.optim)),
+        "learning_rate": args.learning_rate,
+        "lr_scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "weight_decay": args.weight_decay,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "batch": f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps}",
+        "max_length": args.max_length,
+        "packing": args.packing,
+        "activation checkpointing": args.gradient_checkpointing,
+        "seed": args.seed,
+    }
+
+
+def _how_to_go_on(command: str, out: Path) -> str:
+    found, _ = checkpoints.last_whole(out)
+    if found is None or not checkpoints.has_state(found):
+        return "it cannot go on: no checkpoint has the optimizer's state (--save_only_model)"
+    return f"go on with:\n  {_resume_line(command)}"
+
+
+def _resume_line(command: str) -> str:
+    words, kept = iter(shlex.split(command)), list[str]()
+    for word in words:
+        if word == RESUME:
+            next(words, None)  # its value
+        elif not word.startswith(RESUME + "="):
+            kept.append(word)
+    return shlex.join([*kept, RESUME, "last"])
