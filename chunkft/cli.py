@@ -124,7 +124,13 @@ def _plan(words: list[str]) -> int:
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, or llama-2-7b, ...")
     parser.add_argument("--memory", help="for tensors on the device: 24GiB, 80GB")
     parser.add_argument("--gpus", help="a card by name, such as rtx-4090; `none` is this computer")
-    parser.add_argument("--seq", type=int, default=1024, help="tokens of a row [1024]")
+    parser.add_argument("--seq", type=int, help="tokens of a row [1024, or the data's longest]")
+    parser.add_argument(
+        "--dataset-name",
+        "--dataset_name",
+        metavar="DATA",
+        help="records as of `chunkft sft`: says what padding them costs",
+    )
     parser.add_argument("--batch", type=int, default=1, help="rows [1]")
     parser.add_argument("--accumulation", type=int, default=1, help="batches of a step [1]")
     parser.add_argument("--host-memory", help="bound on host memory")

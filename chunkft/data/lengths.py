@@ -6,9 +6,10 @@ Cost: one pass over the token ids.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
+import torch
 from datasets import Dataset
 
 from chunkft.errors import InputError
@@ -25,6 +26,49 @@ class Lengths(NamedTuple):
     """Records longer than max_length."""
     mute: int
     """Records without a label left to learn from."""
+
+
+class Padding(NamedTuple):
+    """What padding costs a data set."""
+
+    records: int
+    longest: int
+    mean: float
+    share: float
+    """Of the tokens of padded rows."""
+    flops: float
+    """Of padded rows, over those of rows without padding."""
+
+
+def padding(lengths: Sequence[int], batch: int, attention: float, seed: int = 0) -> Padding:
+    """What padding costs in shuffled batches of `batch` records.
+
+    Args:
+        lengths: tokens of each record.
+        attention: FLOPs of one token's attention to another, over those of all its layers' weights
+            (layers x width / weights; two products with half of the tokens before it, each way).
+    """
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    shuffled = [lengths[i] for i in order]
+    rows = [shuffled[i : i + batch] for i in range(0, len(lengths), batch)]
+
+    def cost(tokens: int) -> float:
+        return tokens * (1 + attention * tokens)
+
+    padded = sum(len(row) * cost(max(row)) for row in rows)
+    return Padding(
+        len(lengths),
+        max(lengths),
+        sum(lengths) / len(lengths),
+        padding_share(shuffled, batch),
+        padded / sum(map(cost, lengths)),
+    )
+
+
+def padding_share(lengths: Sequence[int], batch: int) -> float:
+    """Share of padding tokens when `batch` records after another are padded to their longest."""
+    rows = [lengths[i : i + batch] for i in range(0, len(lengths), batch)]
+    return 1 - sum(lengths) / sum(len(row) * max(row) for row in rows)
 
 
 def check_lengths(

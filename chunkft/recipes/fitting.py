@@ -11,6 +11,7 @@ from chunkft.core.exact import ELEMENTWISE
 from chunkft.core.store import GIB
 from chunkft.memory.budget import Device, installed, parse_bytes, this_computer
 from chunkft.memory.plan import Choice, Limits, Plan
+from chunkft.models.attention import NAME as VARLEN
 from chunkft.recipes.job import Job
 from chunkft.recipes.planning import OFFLOAD, Workload, plan
 from chunkft.train.config import CHECKPOINTING, Rotation, choose_rotation
@@ -120,6 +121,8 @@ def _load(trainer: Trainer, model: Any) -> Workload:
     rows: Any = trainer.train_dataset
     longest = max(len(ids) for ids in rows["input_ids"])
     rule, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    attention = model.config._attn_implementation or "sdpa"
+    unpadded = attention == VARLEN and getattr(trainer.data_collator, "padding_free", False)
     return Workload(
         seq=longest,
         batch=args.per_device_train_batch_size,
@@ -127,11 +130,8 @@ def _load(trainer: Trainer, model: Any) -> Workload:
         dtype=next(p.dtype for p in model.parameters() if p.is_floating_point()),
         rule=rule if isinstance(rule, type) else torch.optim.AdamW,
         kwargs=kwargs,
-        attention=model.config._attn_implementation or "sdpa",
+        attention=attention,
         # a row alone is never padded
-        masked=args.per_device_train_batch_size > 1 or _packs(args),
+        masked=args.per_device_train_batch_size > 1 or bool(getattr(args, "packing", False)),
+        unpadded=unpadded,
     )
-
-
-def _packs(args: Any) -> bool:
-    return bool(getattr(args, "packing", False) or getattr(args, "padding_free", False))

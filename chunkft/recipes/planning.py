@@ -10,22 +10,29 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.core.store import GIB, Store
-from chunkft.errors import InputError, as_input_error
+from chunkft.data.lengths import Padding, padding
+from chunkft.data.sources import load_records
+from chunkft.errors import FOREIGN, InputError, as_input_error
 from chunkft.memory.budget import DEVICES, Device, device_of, parse_bytes, smallest_of
 from chunkft.memory.dry_run import DryRun, dry_run, fake
 from chunkft.memory.eight_bit import EightBitMoments
 from chunkft.memory.plan import Choice, DoesNotFitError, Limits, Plan, make_plan
 from chunkft.memory.streaming import stream_weights
+from chunkft.models.gguf import EMBEDDED
+from chunkft.models.load import resolve_model
 from chunkft.models.losses import install_head, is_plain_head
 from chunkft.models.shapes import config_of
+from chunkft.recipes.records import tokens_of
 from chunkft.train.config import FEWEST_CHUNKS
 
 # transformers' own: inputs of checkpointed layers in page-locked memory until backward
 OFFLOAD = {"offload": True}
+SEQ = 1024  # tokens of a row, as TRL's max_length
+SAMPLED = 2000  # records whose lengths are looked at
 FREE = ("chunks", "checkpointing", "offload", "block", "stream_weights")
 
 
@@ -46,6 +53,8 @@ class Workload:
     attention: str = "sdpa"
     masked: bool = False
     """Rows are padded or packed, so that attention needs a mask of batch x seq x seq."""
+    unpadded: bool = False
+    """Rows go end to end, each attending to itself (models/attention.py)."""
 
 
 class _Host(Store):
@@ -89,12 +98,17 @@ def trial_of(config: PretrainedConfig, load: Workload, on_host: bool) -> Callabl
             )
             install_head(model)
             ids = torch.zeros(load.batch, load.seq, dtype=torch.long)
-            more = {"fused_lm_head": True} if is_plain_head(model) else {}
+            more: dict[str, Any] = {"fused_lm_head": True} if is_plain_head(model) else {}
+            more["attention_mask"] = seen
+            if load.unpadded:
+                ids = ids.view(1, -1)
+                ends = list(range(0, ids.numel() + 1, load.seq))
+                positions = torch.arange(load.seq).repeat(load.batch)[None]
+                more |= {"attention_mask": None, "position_ids": positions, "cu_seq_lens_q": ends}
 
             def backward() -> None:
                 for _ in range(load.accumulation):
-                    passed = {"input_ids": ids, "labels": ids, "attention_mask": seen, **more}
-                    loss = model(**passed, use_cache=False).loss
+                    loss = model(input_ids=ids, labels=ids, **more, use_cache=False).loss
                     (loss / load.accumulation).backward()
 
             last = len(optimizer.partition) - 1
@@ -120,13 +134,16 @@ def run(options: argparse.Namespace) -> int:
     else:
         raise InputError("give --memory 24GiB, or --gpus with one of " + ", ".join(DEVICES))
     for name in ("seq", "batch", "accumulation", "interval"):
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise InputError(f"--{name} {getattr(options, name)} must be at least 1")
     limits = Limits(
         device.memory - device.reserved if memory is None else memory,
         parse_bytes(options.host_memory) if options.host_memory else None,
         parse_bytes(options.disk) if options.disk else None,
     )
+    rows = rows_of(options) if options.dataset_name else None
+    if options.seq is None:
+        options.seq = min(rows.longest, SEQ) if rows else SEQ
     load = Workload(options.seq, options.batch, options.accumulation, getattr(torch, options.dtype))
     start = Choice(options.method, options.chunks or FEWEST_CHUNKS, options.interval)
     start = replace(start, layout=options.layout, store=options.store)
@@ -145,9 +162,51 @@ def run(options: argparse.Namespace) -> int:
         told = {"model": options.model, "fits": False, "needed": error.needed, "why": str(error)}
         print(json.dumps(told, indent=1))
         return 2
-    tell = as_json if options.json else as_text
-    print(tell(found, options.model, load))
+    if options.json:
+        print(json.dumps(as_json(found, options.model, load) | rows_as_json(rows), indent=1))
+    else:
+        print(as_text(found, options.model, load))
+        print(rows_as_text(rows, options.batch), end="")
     return 0
+
+
+def rows_of(options: argparse.Namespace) -> Padding:
+    """Lengths of a sample of the data, by the model's tokenizer where there is one.
+
+    Raises:
+        InputError: no such data.
+    """
+    config = config_of(options.model).get_text_config()
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model(options.model))
+    except (*FOREIGN, InputError):
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(EMBEDDED))
+        print(f"lengths are by the tokenizer of {EMBEDDED}: {options.model} is only a shape here")
+    with as_input_error(f"reading {options.dataset_name}"):
+        records: Any = load_records(options.dataset_name, size=SAMPLED)
+        lengths = [len(tokens_of(record, tokenizer)["input_ids"]) for record in records]
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    embedding = model.get_input_embeddings().weight
+    tied = embedding is model.get_output_embeddings().weight
+    weights = model.num_parameters() - (0 if tied else embedding.numel())
+    bound = options.seq or SEQ
+    attention = config.num_hidden_layers * config.hidden_size / weights
+    return padding([min(n, bound) for n in lengths], options.batch, attention)
+
+
+def rows_as_text(rows: Padding | None, batch: int) -> str:
+    if rows is None:
+        return ""
+    return (
+        f"data: {rows.records:,} records of {rows.mean:.0f} tokens on average, {rows.longest} at "
+        f"most\n  padded in batches of {batch}, {rows.share:.0%} would be padding, at "
+        f"{rows.flops:.2f} x the FLOPs of rows without (the default of chunkft sft)\n"
+    )
+
+
+def rows_as_json(rows: Padding | None) -> dict[str, Any]:
+    return {} if rows is None else {"data": rows._asdict()}
 
 
 def plan(
@@ -197,7 +256,7 @@ def as_text(found: Plan, name: str, load: Workload) -> str:
     return "\n".join([*lines, "settings: " + " ".join(words)])
 
 
-def as_json(found: Plan, name: str, load: Workload) -> str:
+def as_json(found: Plan, name: str, load: Workload) -> dict[str, Any]:
     """The plan for programs; amounts in bytes."""
     told = asdict(found) | {"total": found.total, "model": name, "fits": True}
     # a Store is no JSON, and would make its directory
@@ -206,5 +265,4 @@ def as_json(found: Plan, name: str, load: Workload) -> str:
     if choice.state_bits == 8 or choice.block:
         codec = EightBitMoments.__name__ if choice.state_bits == 8 else None
         plain["store"] = {"kind": choice.store, "codec": codec, "block": choice.block}
-    told |= {"seq": load.seq, "batch": load.batch, "settings": plain}
-    return json.dumps(told, indent=1)
+    return told | {"seq": load.seq, "batch": load.batch, "settings": plain}

@@ -1,6 +1,7 @@
 """The records of a job, and what max_length and the model's reach leave of them."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
@@ -57,20 +58,22 @@ def load_data(job: Job) -> Data:
     return Data(train, held_out)
 
 
+def tokens_of(record: dict[str, Any], tokenizer: Any, field: str = "text") -> dict[str, list[int]]:
+    """The `input_ids` that TRL will make of a record."""
+    turns = record.get("messages") or record.get("prompt")
+    if isinstance(turns, list):
+        turns = turns + (record.get("completion") or [])
+        return {"input_ids": tokenizer.apply_chat_template(turns, return_dict=False)}
+    text = record[field] if field in record else record["prompt"] + record["completion"]
+    # TRL ends what is no conversation with eos
+    eos = tokenizer.eos_token or ""
+    return {"input_ids": tokenizer(text.removesuffix(eos) + eos)["input_ids"]}
+
+
 def check_raw(records: Any, tokenizer: Any, args: SFTConfig) -> None:
     """Say what max_length cuts off; on a sample first, on all if all of it is too long."""
     field = args.dataset_text_field
-
-    def tokens(record: dict[str, Any]) -> dict[str, list[int]]:
-        turns = record.get("messages") or record.get("prompt")
-        if isinstance(turns, list):
-            turns = turns + (record.get("completion") or [])
-            return {"input_ids": tokenizer.apply_chat_template(turns, return_dict=False)}
-        text = record[field] if field in record else record["prompt"] + record["completion"]
-        # TRL ends what is no conversation with eos
-        eos = tokenizer.eos_token or ""
-        return {"input_ids": tokenizer(text.removesuffix(eos) + eos)["input_ids"]}
-
+    tokens = partial(tokens_of, tokenizer=tokenizer, field=field)
     if not {"messages", "prompt", field} & set(records.column_names):
         return  # another of TRL's shapes, from a mixture
     split = args.packing and args.packing_strategy == "bfd_split"

@@ -15,11 +15,14 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import SFTTrainer, get_quantization_config
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from chunkft.data.packing import check_isolation
-from chunkft.errors import InputError, as_input_error
+from chunkft.errors import FOREIGN, InputError, as_input_error, one_line
 from chunkft.memory.budget import this_computer
 from chunkft.models import adapters
+from chunkft.models.adapters import METHODS
+from chunkft.models.attention import choose_attention
 from chunkft.models.load import load_model
 from chunkft.recipes import methods
 from chunkft.recipes.chunks import stream
@@ -114,7 +117,9 @@ def _loading(job: Job) -> dict[str, Any]:
 
 def _build_trainer(job: Job, data: Data, model: PreTrainedModel, tokenizer: Any) -> ChunkSFTTrainer:
     args = job.training
-    held_out = data.held_out
+    held_out, collator = data.held_out, None
+    if wanted := _unpadded(job):
+        collator = _collator(job, tokenizer, padding_free=True)
     columns = ("task_seed", "task_size", "task_index")
     train = data.train
     if data.task is not None:
@@ -123,6 +128,7 @@ def _build_trainer(job: Job, data: Data, model: PreTrainedModel, tokenizer: Any)
     trainer = ChunkSFTTrainer(
         model=model,
         args=args,
+        data_collator=collator,
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
@@ -132,6 +138,49 @@ def _build_trainer(job: Job, data: Data, model: PreTrainedModel, tokenizer: Any)
         adapters.settle(trainer.model)
     assert isinstance(trainer.train_dataset, Dataset)
     check_tokenized(trainer.train_dataset, model, args, len(train))
-    if args.packing or args.padding_free:
-        check_isolation(model, collator=trainer.data_collator)  # pyright: ignore[reportArgumentType]
+    if wanted or args.packing:
+        _isolate(job, trainer, model, optional=wanted and "padding_free" not in job.given)
     return trainer
+
+
+def _unpadded(job: Job) -> bool:
+    """Whether rows go end to end: the same minibatches and the same loss, without the padding.
+
+    On unless somebody says otherwise, wherever there is padding to save.
+    """
+    args = job.training
+    asked, args.padding_free = args.padding_free, False
+    # TRL refuses padding_free beside max_length, though it cuts the rows before it collates them
+    if args.packing or "padding_free" in job.given:
+        return asked and not args.packing
+    most = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
+    virtual = job.chunk.method in METHODS and METHODS[job.chunk.method].is_virtual
+    return most > 1 and not virtual and not args.use_liger_kernel
+
+
+def _isolate(job: Job, trainer: ChunkSFTTrainer, model: PreTrainedModel, optional: bool) -> None:
+    """Choose the attention for rows of several records, and prove that they are apart.
+
+    Raises:
+        ContaminationError: they are not, and it was asked for.
+    """
+    used: Any = model.config._attn_implementation
+    try:
+        if _loading(job)["attn_implementation"] is None:
+            model.set_attn_implementation(choose_attention())
+        collator: Any = trainer.data_collator
+        check_isolation(model, collator=collator)
+    except FOREIGN as error:
+        model.set_attn_implementation(used)
+        if not optional:
+            raise
+        print(f"rows are padded: {one_line(error)}", flush=True)
+        trainer.data_collator = _collator(job, trainer.processing_class)
+
+
+def _collator(job: Job, tokenizer: Any, padding_free: bool = False) -> Any:
+    """TRL's."""
+    multiple: Any = job.training.pad_to_multiple_of
+    return DataCollatorForLanguageModeling(
+        tokenizer.pad_token_id, padding_free=padding_free, pad_to_multiple_of=multiple
+    )

@@ -5,7 +5,7 @@ import warnings
 import pytest
 from datasets import Dataset
 
-from chunkft.data.lengths import Lengths, check_lengths
+from chunkft.data.lengths import check_lengths, padding, padding_share
 from chunkft.errors import InputError
 
 
@@ -71,3 +71,14 @@ def test_the_first_token_is_no_target() -> None:
 def test_nothing_to_check(records: Dataset, bound: int) -> None:
     with pytest.raises(InputError, match=r"max_length 1|0 records"):
         check_lengths(records, bound)
+
+
+def test_padding_is_counted_as_it_would_be_made():
+    assert padding_share([4, 2, 1, 1], 2) == 1 - 8 / 10
+    assert padding_share([4, 2, 1], 2) == 1 - 7 / 9  # the last batch is smaller
+    found = padding([3] * 8, 4, attention=0.01)
+    assert (found.share, found.flops, found.mean, found.longest) == (0.0, 1.0, 3.0, 3)
+    # one batch: 2 x 6 (1 + 6a) over 6 (1 + 6a) + 2 (1 + 2a)
+    found = padding([6, 2], 2, attention=0.5)
+    assert found.share == 1 - 8 / 12 and found.flops == 48 / 28
+    assert padding(list(range(1, 100)), 8, 0.0) == padding(list(range(1, 100)), 8, 0.0)

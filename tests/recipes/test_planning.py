@@ -201,3 +201,24 @@ def test_a_run_below_the_floor(tiny_model, records, tmp_path, capsys):
     assert main(words) == 2
     error = capsys.readouterr().err
     assert "GiB at least, 1.00 given" in error and "would fit: --memory" in error
+
+
+def test_what_padding_costs(tiny_model, tmp_path, capsys):
+    """2 long records among 62 short ones; 62 of 64 batches of one row have none."""
+    rows = [{"text": "x" * (60 if i < 2 else 9)} for i in range(64)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    words = ["plan", str(tiny_model), "--gpus", "none", "--dataset_name", str(path), "--batch", "8"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["seq"] == found["data"]["longest"] == 61  # and the end of the text
+    mean = (2 * 61 + 62 * 10) / 64
+    assert found["data"]["mean"] == pytest.approx(mean)
+    # the long ones are in one batch of 8 or in two
+    padded = [8 * 61 * n + 8 * 10 * (8 - n) for n in (1, 2)]
+    assert found["data"]["share"] in [pytest.approx(1 - 64 * mean / n) for n in padded]
+    assert found["data"]["flops"] > 1 / (1 - found["data"]["share"])
+    assert main(words) == 0
+    assert "would be padding" in capsys.readouterr().out
+    assert main([*words[:5], str(tmp_path / "none.jsonl")]) == 2
+    assert "none.jsonl" in capsys.readouterr().err

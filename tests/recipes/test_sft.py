@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
 from chunkft.cli import main
 from chunkft.memory import eight_bit
@@ -27,6 +27,7 @@ def sft(tiny_model, records, tmp_path, capsys):
         told = capsys.readouterr()
         return code, told.out, told.err, folder
 
+    call.model = tiny_model
     return call
 
 
@@ -384,3 +385,53 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(sft):
     assert found is not None
     assert torn == []
     assert all(torch.isfinite(w).all() for w in weights(found).values())
+
+
+def losses(folder):
+    return [row["loss"] for row in json.loads((folder / "metrics.json").read_text())["history"]]
+
+
+def test_rows_go_without_padding_and_nothing_else_changes(sft, tmp_path):
+    """The default: the same minibatches, the same losses, the same weights up to rounding."""
+    rows = [
+        {"prompt": f"say {'x' * (i * 7 % 40)}:", "completion": " " + "y" * (1 + i * 3 % 11)}
+        for i in range(64)
+    ]
+    data = tmp_path / "ragged.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    # Adam would make much of a rounded gradient near zero
+    common = ["--dtype", "float32", "--bf16", "false", "--optim", "sgd", "--learning_rate", 0.1]
+    code, _, _, free = sft(*common, data=data, out="free")
+    assert code == 0
+    _, _, _, padded = sft(*common, "--padding_free", "false", data=data, out="padded")
+    for a, b in zip(losses(free), losses(padded), strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
+    found = [json.loads((folder / "metrics.json").read_text()) for folder in (free, padded)]
+    seen = [row["num_tokens"] for row in found[0]["history"]]
+    assert seen == [row["num_tokens"] for row in found[1]["history"]]
+    for name, value in weights(padded).items():
+        assert torch.allclose(weights(free)[name], value, atol=1e-5)
+    assert "chunkft_varlen" not in (free / "config.json").read_text()
+
+
+def test_rows_are_padded_where_they_would_leak(sft, tmp_path):
+    """A recurrent model: said, not trained wrongly; and refused where it was asked for."""
+    tokenizer = AutoTokenizer.from_pretrained(sft.model)
+    folder = tmp_path / "mamba"
+    config = MambaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=4
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    words = ["--dtype", "float32", "--gradient_checkpointing", "false", "--chunks", 2]
+    code, out, err, _ = sft(*words, model=folder)
+    assert code == 0, err
+    assert "rows are padded:" in out and "recurrent" in out
+    code, _, err, _ = sft(*words, "--padding_free", model=folder, out="asked")
+    assert code == 2 and "recurrent" in err
+
+
+def test_cut_rows_may_go_without_padding(sft):
+    """TRL itself refuses padding_free beside max_length."""
+    code, _, err, _ = sft("--padding_free", "--max_length", 19)
+    assert code == 0, err
