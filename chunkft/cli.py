@@ -1,11 +1,12 @@
 """`chunkft <command>`: the command line, and the only reader of the environment.
 
-`sft` takes every flag and YAML key that `trl sft` takes, through TRL's own parser, and ours beside
-them. Errors that are the user's end in one line and exit code 2; with CHUNKFT_TRACEBACK=1 in the
-environment they show where they were raised.
+The recipes take every flag and YAML key that TRL's commands of the same name take, through TRL's
+own parser, and ours beside them. Errors that are the user's end in one line and exit code 2; with
+CHUNKFT_TRACEBACK=1 in the environment they show where they were raised.
 """
 
 import argparse
+import importlib
 import logging
 import os
 import re
@@ -14,7 +15,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from chunkft import __version__
 from chunkft.errors import FOREIGN, ChunkFTError, InputError, one_line
@@ -22,7 +24,9 @@ from chunkft.errors import FOREIGN, ChunkFTError, InputError, one_line
 HELP = """\
 chunkft: full-parameter fine-tuning in the memory of an adapter
 
-  chunkft sft    fine-tune all parameters of a language model on your records
+  chunkft sft    fine-tune all parameters of a language model on your records, or an adapter
+  chunkft dpo    train it to prefer one answer to another
+  chunkft reward train a model to score answers
   chunkft plan   what that takes, and the settings that fit a memory; needs no weights, no GPU
   chunkft merge  an adapter and its base become one plain model
   chunkft demo   see it work: SmolLM2-135M learns a task in a few minutes on a CPU
@@ -31,22 +35,22 @@ chunkft: full-parameter fine-tuning in the memory of an adapter
   chunkft --version
 """
 
-SFT_HELP = """\
-usage: chunkft sft --dataset_name DATA [--model_name_or_path MODEL] [--output_dir DIR] [...]
+RECIPE_HELP = """\
+usage: chunkft {command} --dataset_name DATA [--model_name_or_path MODEL] [--output_dir DIR] [...]
 
-Fine-tune all parameters of a language model, one chunk of them at a time; or, with --method
-lora and the like, an adapter.
-Takes every flag and YAML key (--config FILE) of `trl sft`; these matter most:
+{purpose}
+Takes every flag and YAML key (--config FILE) of `trl {command}`; these matter most:
 
   --dataset_name DATA        .jsonl .json .csv .parquet, a folder, a hub id, or
                              reasoning-gym:<task>[?setting=value&...]
-                             records: messages | prompt + completion | text
+                             records: {records}
   --model_name_or_path MODEL local path, hub id, .gguf file, or smollm2-135m (default)
   --output_dir DIR           an empty directory for checkpoints, model and report
-  --learning_rate LR         default: 2e-5 * sqrt(chunks), twice that in spread
+  --learning_rate LR         default: TRL's * sqrt(chunks), twice that in spread; of an adapter
+                             its own
+{flags}
   --max_steps N | --num_train_epochs N
   --per_device_train_batch_size N   --gradient_accumulation_steps N
-  --max_length TOKENS        --packing   (isolation of packed records is checked)
   --dtype bfloat16|float16|float32
   --optim NAME --weight_decay X --max_grad_norm X --lr_scheduler_type NAME --warmup_steps N
   --eval_strategy steps --eval_steps N      --report_to tensorboard
@@ -57,10 +61,46 @@ Ours:
 {ours}
   --help-all                 every flag, TRL's included
 
-CHUNKFT_TRACEBACK=1 chunkft sft ... shows where an error was raised.
+CHUNKFT_TRACEBACK=1 chunkft {command} ... shows where an error was raised.
 Ctrl-C saves a checkpoint, prints the line that resumes, and exits.
 TRL's usage ping is switched off (HF_HUB_DISABLE_TELEMETRY=1).
 """
+
+
+class Recipe(NamedTuple):
+    """A command on one of TRL's trainers."""
+
+    config: str
+    """TRL's class of its settings."""
+    purpose: str
+    records: str
+    flags: str
+    """Lines of help on settings that only it has."""
+
+
+RECIPES = {
+    "sft": Recipe(
+        "SFTConfig",
+        "Fine-tune all parameters of a language model, one chunk of them at a time; or, with\n"
+        "--method lora and the like, an adapter.",
+        "messages | prompt + completion | text",
+        "  --max_length TOKENS        --packing (isolation of packed records is checked)",
+    ),
+    "dpo": Recipe(
+        "DPOConfig",
+        "Train a language model to prefer one answer to another (direct preference optimization),\n"
+        "all of its parameters chunk by chunk, or an adapter.",
+        "prompt + chosen + rejected",
+        "  --beta X                   --loss_type sigmoid|ipo|...   --max_length TOKENS\n"
+        "  --precompute_ref_log_probs the reference's numbers before training (default for chunks)",
+    ),
+    "reward": Recipe(
+        "RewardConfig",
+        "Train a model to score answers, from preferences between them.",
+        "prompt + chosen + rejected",
+        "  --max_length TOKENS        --center_rewards_coefficient X",
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"chunkft {__version__}")
         return 0
-    commands = {"sft": _sft, "plan": _plan, "merge": _merge, "demo": _demo}
+    commands = {name: partial(_recipe, name) for name in RECIPES}
+    commands |= {"plan": _plan, "merge": _merge, "demo": _demo}
     try:
         if command not in commands:
             raise InputError(f"unknown command {command!r}; use one of {', '.join(commands)}")
@@ -100,17 +141,17 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
 
 
-def _sft(words: list[str]) -> int:
+def _recipe(command: str, words: list[str]) -> int:
+    recipe = RECIPES[command]
     if {"-h", "--help"} & set(words):
-        print(SFT_HELP.format(ours=_own_flags()), end="")
+        shown = {"command": command, "ours": _own_flags(), **recipe._asdict()}
+        print(RECIPE_HELP.format(**shown), end="")
         return 0
     if "--help-all" in words:
-        _sft_parser().print_help()
+        _recipe_parser(command).print_help()
         return 0
-    job = parse_sft(words)
-    from chunkft.recipes import sft
-
-    return sft.run(job)
+    job = parse_job(command, words)
+    return importlib.import_module(f"chunkft.recipes.{command}").run(job)
 
 
 def _plan(words: list[str]) -> int:
@@ -197,8 +238,8 @@ def _demo(words: list[str]) -> int:
     return demo.run(options.output_dir, options.max_steps)
 
 
-def parse_sft(words: Sequence[str]) -> Any:
-    """A `recipes.job.Job` from the words after `chunkft sft`.
+def parse_job(command: str, words: Sequence[str]) -> Any:
+    """A `recipes.job.Job` from the words after `chunkft <command>`.
 
     Raises:
         InputError: an unknown or malformed flag, or a config file that cannot be read.
@@ -214,11 +255,11 @@ def parse_sft(words: Sequence[str]) -> Any:
         if word == "--resume_from_checkpoint" and bare:
             words.insert(i + 1, "last")
             break
-    parser = _sft_parser()
+    parser = _recipe_parser(command)
     try:
         given = _given(words)
         if "output_dir" not in given:
-            words += ["--output_dir", "runs/sft"]
+            words += ["--output_dir", f"runs/{command}"]
         script, training, model, mixture, chunk = parser.parse_args_and_config(
             words, fail_with_unknown_args=True
         )
@@ -228,9 +269,9 @@ def parse_sft(words: Sequence[str]) -> Any:
         unknown = re.search(r"not used by the HfArgumentParser: (\[.*\])", str(e))
         if unknown:
             raise InputError(f"unknown flags {unknown[1]}; --help-all lists those known") from e
-        raise InputError(f"chunkft sft: {one_line(e)}") from e
+        raise InputError(f"chunkft {command}: {one_line(e)}") from e
     return Job(
-        script, training, model, mixture, chunk, given, shlex.join(["chunkft", "sft", *words])
+        script, training, model, mixture, chunk, given, shlex.join(["chunkft", command, *words])
     )
 
 
@@ -243,9 +284,10 @@ def _normal(word: str) -> list[str]:
     return [name, value] if name == "--config" and equals else [name + equals + value]
 
 
-def _sft_parser() -> Any:
+def _recipe_parser(command: str) -> Any:
     import torch
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+    import trl
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
     from chunkft.train.config import ChunkArguments
 
@@ -260,9 +302,10 @@ def _sft_parser() -> Any:
             },
         )
 
+    config = getattr(trl, RECIPES[command].config)
     parser = TrlParser(
-        (ScriptArguments, SFTConfig, Model, DatasetMixtureConfig, ChunkArguments),  # pyright: ignore[reportArgumentType]
-        prog="chunkft sft",
+        (ScriptArguments, config, Model, DatasetMixtureConfig, ChunkArguments),  # pyright: ignore[reportArgumentType]
+        prog=f"chunkft {command}",
         add_help=False,
         allow_abbrev=False,
     )
@@ -298,7 +341,7 @@ def _own_flags() -> str:
 
     lines = []
     for setting in fields(ChunkArguments):
-        text = setting.metadata["help"]
+        text = setting.metadata["help"].replace("%%", "%")  # as argparse wants it
         default = "" if setting.default is None else f" [{setting.default}]"
         lines.append(f"  --{setting.name:<24} {text}{default}")
     return "\n".join(lines)

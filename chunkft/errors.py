@@ -56,6 +56,10 @@ class ContaminationError(ChunkFTError, RuntimeError):
     """Packed sequences see each other."""
 
 
+class ReferenceMismatchError(ChunkFTError, RuntimeError):
+    """The reference of a preference or RL run is not the model that it begins with."""
+
+
 class CheckpointError(ChunkFTError, RuntimeError):
     """A checkpoint is torn, or belongs to another run."""
 

@@ -1,4 +1,8 @@
-"""The three shapes of record that TRL trains on, recognised and checked record by record.
+"""The shapes of record that TRL trains on, recognised and checked record by record.
+
+    messages | prompt, completion | text        sft
+    (prompt,) chosen, rejected                  dpo, reward
+    prompt                                      grpo, rloo
 
 TRL looks at the first record only and takes the rest on trust; what does not fit fails deep inside
 tokenization, or trains on the wrong thing. Here every record is looked at, and the first bad one
@@ -8,11 +12,12 @@ by looking at whichever such column it meets first.
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from chunkft.errors import InputError
 
 Record = Mapping[str, Any]
+Wanted = Literal["training", "preference", "prompt"]
 # columns by which TRL decides what a record is
 DECISIVE = ("messages", "prompt", "completion", "chosen", "rejected", "conversations", "text")
 
@@ -29,12 +34,15 @@ class Shape(NamedTuple):
         return f"{self.name} ({', '.join(self.columns)}: {kind})"
 
 
-def check_shape(rows: Iterable[tuple[str, Record]], text_field: str = "text") -> Shape:
+def check_shape(
+    rows: Iterable[tuple[str, Record]], text_field: str = "text", wanted: Wanted = "training"
+) -> Shape:
     """The one shape that all rows have.
 
     Args:
         rows: (place, record) pairs; the place goes into the message.
         text_field: the column of a text record.
+        wanted: what they are for.
 
     Raises:
         InputError: a record of no known shape, of another shape than those before it, or with a
@@ -42,7 +50,10 @@ def check_shape(rows: Iterable[tuple[str, Record]], text_field: str = "text") ->
     """
     found: Shape | None = None
     for place, record in rows:
-        shape = _shape_of(record, place, text_field)
+        if wanted == "training":
+            shape = _shape_of(record, place, text_field)
+        else:
+            shape = _preference(record, place) if wanted == "preference" else _prompt(record, place)
         if found is None:
             found = shape
             _warn_of_a_second_shape(shape, record)
@@ -74,6 +85,36 @@ def _shape_of(record: Record, place: str, text_field: str) -> Shape:
         f"{place}: unknown columns {', '.join(record) or '(none)'}; understood are "
         f"messages | prompt and completion | {text_field} (--dataset_text_field names another)"
     )
+
+
+def _preference(record: Record, place: str) -> Shape:
+    for name in ("chosen", "rejected"):
+        if name not in record:
+            raise InputError(
+                f"{place}: {name!r} is missing (columns: {', '.join(record) or 'none'}); a "
+                f"preference has a chosen and a rejected answer, and a prompt"
+            )
+    names = ("prompt",) * ("prompt" in record) + ("chosen", "rejected")
+    kinds = [isinstance(record[name], list) for name in names]
+    if len(set(kinds)) > 1 and None not in (record[name] for name in names):
+        raise InputError(
+            f"{place}: {', '.join(names)} must all be text or all be lists of messages"
+        )
+    for name in names:
+        (_check_messages if all(kinds) else _check_text)(record[name], f"{place}: {name!r}")
+    if record["chosen"] == record["rejected"]:
+        raise InputError(f"{place}: chosen and rejected are the same, which prefers nothing")
+    return Shape("preference", names, all(kinds))
+
+
+def _prompt(record: Record, place: str) -> Shape:
+    if "prompt" not in record:
+        raise InputError(f"{place}: 'prompt' is missing (columns: {', '.join(record) or 'none'})")
+    messages = isinstance(record["prompt"], list)
+    (_check_messages if messages else _check_text)(record["prompt"], f"{place}: 'prompt'")
+    if not messages and not record["prompt"].strip():
+        raise InputError(f"{place}: 'prompt' is empty, there is nothing to answer")
+    return Shape("prompt", ("prompt",), messages)
 
 
 def _prompt_completion(record: Record, place: str) -> Shape:

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from chunkft.data.shapes import DECISIVE, check_shape, superfluous
+from chunkft.data.shapes import DECISIVE, Wanted, check_shape, superfluous
 from chunkft.data.tasks import PREFIX, ReasoningGymTask, split_records
 from chunkft.errors import InputError
 
@@ -48,9 +48,11 @@ def load_records(
     seed: int = 0,
     config: Mapping[str, Any] | None = None,
     text_field: str = "text",
+    wanted: Wanted = "training",
     exclude: Dataset | None = None,
 ) -> Dataset:
-    """Records in one of TRL's shapes: `messages` | `prompt`, `completion` | `text`.
+    """Records in one of TRL's shapes (shapes.py); for training `messages` | `prompt`, `completion`
+    | `text`.
 
     Args:
         source: see the head of this file.
@@ -60,6 +62,7 @@ def load_records(
         seed: of the draw, or of the task.
         config: settings of a task, or what `datasets.load_dataset` takes (name, revision, ...).
         text_field: the column of text records (TRL: --dataset_text_field).
+        wanted: what the records are for: "training", "preference" or "prompt".
         exclude: the training records; held-out items of a task that occur there are dropped.
 
     Raises:
@@ -69,15 +72,15 @@ def load_records(
         raise InputError(f"size {size} is below 1: at least one record of {source} is needed")
     if source.startswith(PREFIX):
         task = ReasoningGymTask.parse(source, config)
-        return split_records(task, split, size, seed, exclude)
+        return split_records(task, split, size, seed, exclude, wanted)
     path = Path(source).expanduser()
     if path.exists():
         if config:
             warnings.warn(f"{source}: config has no effect on local files", stacklevel=2)
         read = _from_folder if path.is_dir() else _from_file
-        dataset = read(path, split, text_field)
+        dataset = read(path, split, text_field, wanted)
     else:
-        dataset = _from_hub(source, split, dict(config or {}), text_field)
+        dataset = _from_hub(source, split, dict(config or {}), text_field, wanted)
     return _drawn(dataset, size, seed, source)
 
 
@@ -91,7 +94,7 @@ def _drawn(dataset: Dataset, size: int | None, seed: int, source: str) -> Datase
     return dataset.shuffle(seed=seed).select(range(size))
 
 
-def _from_file(path: Path, split: str, text_field: str) -> Dataset:
+def _from_file(path: Path, split: str, text_field: str, wanted: Wanted) -> Dataset:
     if split != "train":
         raise InputError(
             f"{path}: a file has no split {split!r}, all of it is 'train'; name a folder with "
@@ -99,20 +102,20 @@ def _from_file(path: Path, split: str, text_field: str) -> Dataset:
         )
     if path.suffix.lower() not in READERS:
         raise InputError(f"{path}: unknown kind {path.suffix!r}; needed is {UNDERSTOOD}")
-    return _read_all([path], text_field)
+    return _read_all([path], text_field, wanted)
 
 
-def _from_folder(folder: Path, split: str, text_field: str) -> Dataset:
+def _from_folder(folder: Path, split: str, text_field: str, wanted: Wanted) -> Dataset:
     if (folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists():
-        return _saved(folder, split, text_field)
+        return _saved(folder, split, text_field, wanted)
     files = sorted(f for f in folder.iterdir() if f.suffix.lower() in READERS)
     if not files:
         raise InputError(f"{folder}: no data file in this folder; needed is {UNDERSTOOD}")
     splits = {file: _split_of(file) for file in files}
     if not any(splits.values()):  # nothing is named after a split, so all of it is for training
         splits = dict.fromkeys(files, "train")
-    wanted = _split_of(Path(split)) or split
-    chosen = [file for file in files if splits[file] == wanted]
+    named = _split_of(Path(split)) or split
+    chosen = [file for file in files if splits[file] == named]
     if not chosen:
         there = ", ".join(sorted({s for s in splits.values() if s}))
         raise InputError(f"{folder}: no split {split!r}; the files' names say {there}")
@@ -120,7 +123,7 @@ def _from_folder(folder: Path, split: str, text_field: str) -> Dataset:
         warnings.warn(
             f"{folder}: {', '.join(nameless)} not used, named after no split", stacklevel=3
         )
-    return _read_all(chosen, text_field)
+    return _read_all(chosen, text_field, wanted)
 
 
 def _split_of(file: Path) -> str | None:
@@ -129,17 +132,19 @@ def _split_of(file: Path) -> str | None:
     return next((split for split, words in SPLIT_WORDS.items() if first in words), None)
 
 
-def _saved(folder: Path, split: str, text_field: str) -> Dataset:
+def _saved(folder: Path, split: str, text_field: str, wanted: Wanted) -> Dataset:
     """What `save_to_disk` of datasets wrote."""
     loaded = datasets.load_from_disk(str(folder))
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise InputError(f"{folder}: no split {split!r}; it has {', '.join(map(str, loaded))}")
         loaded = loaded[split]
-    return _shaped(loaded, str(folder), text_field)
+    return _shaped(loaded, str(folder), text_field, wanted)
 
 
-def _from_hub(source: str, split: str, config: dict[str, Any], text_field: str) -> Dataset:
+def _from_hub(
+    source: str, split: str, config: dict[str, Any], text_field: str, wanted: Wanted
+) -> Dataset:
     if FILE_NAME.fullmatch(source) or not HUB_ID.fullmatch(source):
         raise InputError(f"{source}: no such file or folder; needed is {UNDERSTOOD}")
     try:
@@ -150,16 +155,16 @@ def _from_hub(source: str, split: str, config: dict[str, Any], text_field: str) 
             f"{source}: neither a file nor a folder, and the hub says: {reason} "
             f"(split {split!r}); needed is {UNDERSTOOD}"
         ) from error
-    return _shaped(loaded, source, text_field)
+    return _shaped(loaded, source, text_field, wanted)
 
 
-def _read_all(files: list[Path], text_field: str) -> Dataset:
+def _read_all(files: list[Path], text_field: str, wanted: Wanted) -> Dataset:
     """The records of these files, one shape and one table: text formats first, then Parquet."""
     parts = {str(file): _part(file) for file in files}
     rows = [row for part in parts.values() if isinstance(part, list) for row in part]
     tables = {name: part for name, part in parts.items() if isinstance(part, Dataset)}
     numbered = (_numbered(table, name, text_field) for name, table in tables.items())
-    shape = check_shape(chain(rows, *numbered), text_field)
+    shape = check_shape(chain(rows, *numbered), text_field, wanted)
     try:
         made = [_table(rows)] if rows else []
         whole = datasets.concatenate_datasets([*made, *tables.values()])
@@ -189,11 +194,11 @@ def _table(rows: list[tuple[str, dict[str, Any]]]) -> Dataset:
     return Dataset.from_list(full, on_mixed_types="use_json")
 
 
-def _shaped(dataset: Dataset, name: str, text_field: str) -> Dataset:
+def _shaped(dataset: Dataset, name: str, text_field: str, wanted: Wanted) -> Dataset:
     """A table from elsewhere, checked record by record."""
     if not len(dataset):
         raise InputError(f"{name}: 0 records; at least 1 is needed")
-    shape = check_shape(_numbered(dataset, name, text_field), text_field)
+    shape = check_shape(_numbered(dataset, name, text_field), text_field, wanted)
     return dataset.remove_columns(superfluous(shape, dataset.column_names))
 
 

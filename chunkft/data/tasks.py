@@ -24,6 +24,7 @@ from urllib.parse import parse_qsl
 
 from datasets import Dataset
 
+from chunkft.data.shapes import Wanted
 from chunkft.errors import InputError, one_line
 
 PREFIX = "reasoning-gym:"
@@ -84,6 +85,36 @@ class ReasoningGymTask:
             InputError: size < 1, or the task has no reference answers to imitate.
         """
         return self._records(size, 2 * seed * WINDOW % SEEDS)
+
+    def preferences(self, records: Dataset) -> Dataset:
+        """`records` as preferences: chosen is the right answer, rejected another record's answer.
+
+        The next record in turn whose answer scores lower here is the one.
+
+        Raises:
+            InputError: an answer that no other record's answer is worse than.
+        """
+        answers = [completion[-1]["content"] for completion in records["completion"]]
+        rejected = [self._worse(records[i], i, answers) for i in range(len(records))]
+        columns = {
+            "chosen": [[{"role": "assistant", "content": text}] for text in answers],
+            "rejected": [[{"role": "assistant", "content": text}] for text in rejected],
+        }
+        made = records.remove_columns("completion")
+        for name, column in columns.items():
+            made = made.add_column(name, column)  # pyright: ignore[reportCallIssue]
+        return made
+
+    def _worse(self, record: Mapping[str, Any], place: int, answers: list[str]) -> str:
+        right = self.score(record, answers[place])
+        for step in range(1, len(answers)):
+            other = answers[(place + step) % len(answers)]
+            if other != answers[place] and self.score(record, other) < right:
+                return other
+        raise InputError(
+            f"{self}: item {place} has no worse answer among {len(answers)} records, so there is "
+            f"nothing to prefer; use more records or another task"
+        )
 
     def held_out(self, size: int, seed: int, training: Dataset) -> HeldOut:
         """`size` records of the seed's other window, less those whose question is in `training`.
@@ -167,9 +198,16 @@ def questions(records: Dataset) -> Iterator[str]:
 
 
 def split_records(
-    task: ReasoningGymTask, split: str, size: int | None, seed: int, exclude: Dataset | None
+    task: ReasoningGymTask,
+    split: str,
+    size: int | None,
+    seed: int,
+    exclude: Dataset | None,
+    wanted: Wanted = "training",
 ) -> Dataset:
     """The records of one split; every split but "train" is held out, against `exclude`."""
+    if wanted == "preference":
+        return task.preferences(split_records(task, split, size, seed, exclude))
     if size is None:
         size = DEFAULT_SIZE.get(split, DEFAULT_HELD_OUT_SIZE)
     if split == "train":

@@ -43,6 +43,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     cache_dir: Path = DEFAULT_CACHE,
+    auto: Any = AutoModelForCausalLM,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer.
@@ -56,7 +57,8 @@ def load_model(
         dtype: of the weights; "auto" is the checkpoint's own (bfloat16 for a GGUF file).
         attn_implementation: "sdpa", "eager", "flash_attention_2", ...; None lets the model choose.
         cache_dir: where GGUF files are converted to.
-        kwargs: for `AutoModelForCausalLM.from_pretrained`.
+        auto: the class to load with, another of transformers' Auto classes.
+        kwargs: for its `from_pretrained`.
 
     Raises:
         InputError: nothing is found under the name, or it is no causal language model.
@@ -73,12 +75,10 @@ def load_model(
         choose_pad_token(tokenizer)
         attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
         changes = pad_overrides(config, tokenizer) | attention
-        model = AutoModelForCausalLM.from_pretrained(
-            place, dtype=_dtype(dtype), **hub, **changes, **kwargs
-        )
+        model = auto.from_pretrained(place, dtype=_dtype(dtype), **hub, **changes, **kwargs)
     except UNLOADABLE as error:
         raise InputError(f"model {name!r} cannot be loaded: {one_line(error)}") from error
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 

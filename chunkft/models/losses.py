@@ -5,6 +5,8 @@ For hidden states h [N, D], head W [V, D], labels y [N] and p = softmax(h W^T):
     log_prob_n = log p_n[y_n]      d_n = onehot(y_n) - p_n
     dh_n = g_n d_n W               dW[s:e] = sum_n g_n d_n[s:e]^T h_n      (g_n from upstream)
 
+at temperature t both of h W^T / t and g / t.
+
 Logits exist for one tile of tokens at a time, and d_n W is formed in the forward pass, tile by
 tile, so backward needs no second product with the head (TRL's fused head recomputes the logits,
 and makes a dense fp32 gradient of W: 500 MiB at 7B). Kept for backward: N (D + e - s) elements.
@@ -42,25 +44,37 @@ class HeadLogProbs(Function):
     Args:
         hidden: [N, D].  weight: [V, D], detached.  labels: [N], in [0, V).
         start: first active row.  leaves: [r_j, D], adjacent rows of the weight from `start` on.
-    Returns: log_probs [N] fp32 (differentiable), entropy [N] fp32, is_top1 [N] bool.
+        temperature: the logits are divided by it.  more: whether the last two are wanted.
+    Returns: log_probs [N] fp32 (differentiable), entropy [N] fp32, is_top1 [N] bool, and the mean
+        of the logits and log sum p^2, [N] fp32 each.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, start: int, *leaves: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        start: int,
+        temperature: float,
+        more: bool,
+        *leaves: Tensor,
+    ) -> tuple[Tensor, ...]:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         log_probs = torch.empty(len(labels), dtype=wide, device=hidden.device)
         entropy, top1 = torch.empty_like(log_probs), torch.empty_like(labels, dtype=torch.bool)
-        ctx.rows = [leaf.shape[0] for leaf in leaves]
+        mean, square = torch.zeros_like(log_probs), torch.zeros_like(log_probs)
+        ctx.rows, ctx.temperature = [leaf.shape[0] for leaf in leaves], temperature
         rows = sum(ctx.rows)
-        needs_hidden, needs_weight = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:])
+        needs_hidden, needs_weight = ctx.needs_input_grad[0], any(ctx.needs_input_grad[6:])
         pull = torch.empty_like(hidden) if needs_hidden else None
         slice_d = hidden.new_empty(len(labels), rows) if needs_weight else None
         tile = tile_rows(len(weight))
         for first in range(0, len(labels), tile):
             at = slice(first, first + tile)
             logits = F.linear(hidden[at], weight).to(wide)
+            if temperature != 1.0:
+                logits /= temperature
             lse = logits.logsumexp(-1)
             chosen = logits.gather(-1, labels[at, None])[:, 0]
             log_probs[at] = chosen - lse
@@ -68,6 +82,9 @@ class HeadLogProbs(Function):
             probs = (logits - lse[:, None]).exp_()
             # a product of vectors: no third buffer of a tile's size
             entropy[at] = lse - (probs[:, None] @ logits[..., None])[:, 0, 0]
+            if more:
+                mean[at] = logits.mean(-1)
+                square[at] = (probs[:, None] @ probs[..., None])[:, 0, 0].log()
             del logits
             if pull is None and slice_d is None:
                 continue
@@ -79,18 +96,20 @@ class HeadLogProbs(Function):
             if slice_d is not None:
                 slice_d[at] = d[:, start : start + rows]
         ctx.save_for_backward(pull, slice_d, hidden if needs_weight else None)
-        ctx.mark_non_differentiable(entropy, top1)
-        return log_probs, entropy, top1
+        ctx.mark_non_differentiable(entropy, top1, mean, square)
+        return log_probs, entropy, top1, mean, square
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         pull, slice_d, hidden = ctx.saved_tensors
+        if ctx.temperature != 1.0:
+            g = g / ctx.temperature
         dh = None if pull is None else pull * g[:, None].to(pull.dtype)
         if slice_d is None:
-            return dh, None, None, None, *(None for _ in ctx.rows)
+            return dh, *[None] * 5, *(None for _ in ctx.rows)
         dw = (slice_d * g[:, None].to(slice_d.dtype)).T @ hidden
-        return dh, None, None, None, *dw.split(ctx.rows)
+        return dh, *[None] * 5, *dw.split(ctx.rows)
 
 
 @dataclass
@@ -110,11 +129,19 @@ class HeadOutput(ModelOutput):
     aux_loss: Tensor | None = None
 
 
-def head_log_probs(hidden: Tensor, head: nn.Module, labels: Tensor) -> tuple[Tensor, ...]:
+def head_log_probs(
+    hidden: Tensor,
+    head: nn.Module,
+    labels: Tensor,
+    temperature: float = 1.0,
+    more: bool = False,
+) -> tuple[Tensor, ...]:
     """`HeadLogProbs` through a plain nn.Linear head, whichever part of it is active.
 
     Args:
         hidden: [N, D].  head: plain, without bias.  labels: [N].
+
+    Returns: log-probabilities, entropy, top-1 hit; with `more` mean logits and log sum p^2.
     """
     own = head.__dict__.get("forward")
     weight: Tensor = head.weight  # pyright: ignore[reportAssignmentType]
@@ -124,8 +151,8 @@ def head_log_probs(hidden: Tensor, head: nn.Module, labels: Tensor) -> tuple[Ten
         if own.rule != "stock":  # then autograd sums a tied weight's two uses, and the hook moves
             start, leaves = own.start, own.leaves
     hidden, cast = cast_for_autocast(hidden, weight.detach())
-    log_probs, entropy, top1 = HeadLogProbs.apply(hidden, cast, labels, start, *leaves)  # pyright: ignore[reportGeneralTypeIssues]
-    return log_probs, entropy, top1
+    found: Any = HeadLogProbs.apply(hidden, cast, labels, start, temperature, more, *leaves)
+    return found if more else found[:3]
 
 
 def is_plain_head(model: Any) -> bool:
@@ -142,11 +169,15 @@ def is_plain_head(model: Any) -> bool:
     return not getattr(config, "output_router_logits", False)
 
 
-def install_head(model: Any) -> Callable[[], None]:
+def install_head(model: Any, temperature: float = 1.0, more: bool = False) -> Callable[[], None]:
     """Give `model` our tiles where TRL's trainers ask for `fused_lm_head`; returns the undo.
 
     The trainer must have been built: the forward that TRL put on this instance serves every other
     call, and heads that are not plain.
+
+    Args:
+        temperature: of the trainer's log-probabilities.
+        more: whether it reads mean logits or log sum p^2.
     """
     stock = model.forward
 
@@ -154,7 +185,8 @@ def install_head(model: Any) -> Callable[[], None]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         labels = kwargs.get("labels")
         shifted = kwargs.get("shift_labels") is not None
-        if labels is None or shifted or not (kwargs.get("fused_lm_head") and is_plain_head(self)):
+        ours = kwargs.get("fused_lm_head") and not kwargs.get("output_router_logits")
+        if labels is None or shifted or not (ours and is_plain_head(self)):
             return stock(*args, **kwargs)
         count = kwargs.pop("num_items_in_batch", None)
         for name in ("fused_lm_head", "labels", "shift_labels"):
@@ -163,15 +195,19 @@ def install_head(model: Any) -> Callable[[], None]:
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         targets = labels[:, 1:].to(hidden.device)
         mask = targets != -100
-        scored = head_log_probs(hidden[mask], self.get_output_embeddings(), targets[mask])
+        head = self.get_output_embeddings()
+        scored = head_log_probs(hidden[mask], head, targets[mask], temperature, more)
         spread = [x.new_zeros(mask.shape).masked_scatter(mask, x) for x in scored]
-        log_probs, entropy, top1 = spread
+        log_probs, entropy, top1 = spread[:3]
+        mean, square = spread[3:] if more else (None, None)
         total = mask.sum().clamp(min=1) if count is None else count
         return HeadOutput(
             loss=-log_probs.sum() / total,
             log_probs=log_probs,
             entropy=entropy,
             is_top1=top1,
+            mean_logits=mean,
+            log_sum_sq_probs=square,
             label_mask=mask,
         )
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import ModelConfig, ScriptArguments, SFTConfig
+from trl import ModelConfig, ScriptArguments
 
 from chunkft.train.config import ChunkArguments
 
@@ -13,7 +13,8 @@ class Job:
     """One command line, parsed."""
 
     script: ScriptArguments
-    training: SFTConfig
+    training: Any
+    """TRL's configuration of the command's trainer."""
     model: ModelConfig
     mixture: Any
     chunk: ChunkArguments

@@ -1,7 +1,7 @@
 """What a model can do before and after a run."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from transformers import Trainer
 from chunkft.recipes.records import SAMPLE, Data
 from chunkft.train.checkpoints import BEFORE
 from chunkft.train.scoring import Solved, solve
+
+PREFERRED = ("rewards/accuracies", "rewards/margins", "accuracy", "margin")
 
 
 def evaluate(
@@ -23,10 +25,12 @@ def evaluate(
         sample = train.select(range(min(SAMPLE, len(train))))
         measured = trainer.evaluate(eval_dataset=sample, metric_key_prefix="sample")
         result = {f"loss of {len(sample)} training rows": measured["sample_loss"]}
+    told: Mapping[str, float] = getattr(trainer, "judged", {})
+    result |= {name: told[name] for name in PREFERRED if name in told}
     solved = None
     if data.task is not None and score_samples > 0:
-        assert data.held_out is not None
-        records = data.held_out.select(range(min(score_samples, len(data.held_out)))).to_list()
+        assert data.items is not None
+        records = data.items.select(range(min(score_samples, len(data.items)))).to_list()
         solved = solve(trainer.model, trainer.processing_class, data.task, records)
         result["exact-match accuracy"] = solved.accuracy
     return result, solved
@@ -50,9 +54,9 @@ def before(
 def samples(
     data: Data, before: Sequence[str], after: Solved | None, count: int = 5
 ) -> list[tuple[str, str, str, str]]:
-    if after is None or data.held_out is None:
+    if after is None or data.items is None:
         return []
-    rows = data.held_out.select(range(min(count, len(after.answers)))).to_list()
+    rows = data.items.select(range(min(count, len(after.answers)))).to_list()
     earlier = list(before) + [""] * len(rows)
     return [
         (row["prompt"][0]["content"], row["completion"][0]["content"], earlier[i], after.answers[i])

@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
 from transformers import PreTrainedModel
 from trl import get_peft_config
 
@@ -29,6 +31,7 @@ BY_PEFT = {
     "use_dora": "use_dora",
     "use_rslora": "use_rslora",
 }
+PROBE = 24  # tokens
 ADAPTERS_ONLY = {"trainable", "adapter_kwargs", "lora_r", "lora_target_modules"} | BY_PEFT.keys()
 
 
@@ -153,6 +156,33 @@ def _kwargs(given: str | dict[str, Any] | None) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"--adapter_kwargs {given!r} must be an object such as '{{\"r\": 8}}'")
     return found
+
+
+def probe(model: PreTrainedModel) -> Tensor:
+    """Logits of a fixed text, to be compared once an adapter is there and off."""
+    vocabulary: Any = model.config.get_text_config().vocab_size
+    ids = torch.arange(PROBE, device=model.device)[None] * 7919 % vocabulary
+    mode = model.training
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids, use_cache=False).logits
+    model.train(mode)
+    return logits
+
+
+def check_off(name: str, model: Any, before: Tensor) -> None:
+    """Prove that `model` with its adapter off is the base, of which `before` are the logits.
+
+    Raises:
+        InputError: it is not; PiSSA and OLoRA take what they train out of the weights.
+    """
+    with model.disable_adapter():
+        off = probe(model)
+    if not torch.equal(off[:, -PROBE:], before.to(off.device)):
+        raise InputError(
+            f"--method {name}: with the adapter off the model is not its base (logits differ by "
+            f"{(off[:, -PROBE:] - before.to(off.device)).abs().max():.2g}), so it cannot be the "
+            f"reference; use --reference copy, or lora"
+        )
 
 
 def given_to_peft(job: Job) -> set[str]:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, get_dataset
 
 from chunkft.data.lengths import check_lengths
+from chunkft.data.shapes import Wanted
 from chunkft.data.sources import load_records
 from chunkft.data.tasks import PREFIX, ReasoningGymTask
 from chunkft.errors import InputError
@@ -25,9 +26,11 @@ class Data:
     train: Any
     held_out: Any | None = None
     task: ReasoningGymTask | None = None
+    items: Any | None = None
+    """Held-out questions with their answers, for `task` to score."""
 
 
-def load_data(job: Job) -> Data:
+def load_data(job: Job, wanted: Wanted = "training") -> Data:
     """The records that a job names."""
     script, size = job.script, job.chunk.train_samples
     if job.mixture.datasets:
@@ -47,8 +50,13 @@ def load_data(job: Job) -> Data:
         held_out = task.held_out(max(job.chunk.score_samples, SAMPLE), job.training.seed, train)
         if held_out.dropped:
             print(f"{held_out.dropped} held-out items that occur in training were dropped")
-        return Data(train, held_out.records, task)
-    more: dict[str, Any] = {"text_field": job.training.dataset_text_field}
+        items = held_out.records
+        if wanted == "preference":
+            return Data(task.preferences(train), task.preferences(items), task, items)
+        return Data(train, items, task, items)
+    more: dict[str, Any] = {"wanted": wanted}
+    if wanted == "training":
+        more["text_field"] = job.training.dataset_text_field
     if script.dataset_config:
         more["config"] = {"name": script.dataset_config}
     train = load_records(source, split=script.dataset_train_split, **more)
@@ -86,6 +94,39 @@ def check_raw(records: Any, tokenizer: Any, args: SFTConfig) -> None:
         except InputError:
             if count == len(records):
                 raise
+
+
+def check_prompts(records: Any, tokenizer: Any, max_length: int | None) -> None:
+    """Say how many preferences TRL will leave out: their prompt alone fills `max_length`.
+
+    Raises:
+        InputError: none is left.
+    """
+    if max_length is None or "prompt" not in records.column_names:
+        return
+
+    def tokens(record: dict[str, Any]) -> dict[str, int]:
+        prompt = record["prompt"]
+        if isinstance(prompt, list):
+            made = tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, return_dict=False
+            )
+        else:
+            made = tokenizer(prompt)["input_ids"]
+        return {"length": len(made)}
+
+    lengths = records.map(tokens, desc="measuring prompts")["length"]
+    over = sum(length >= max_length for length in lengths)
+    if over == len(records):
+        raise InputError(
+            f"all {over} prompts have --max_length {max_length} tokens or more, the shortest "
+            f"{min(lengths)}, which leaves no room for an answer; raise --max_length"
+        )
+    if over:
+        print(
+            f"warning: {over} of {len(records)} preferences have a prompt of --max_length "
+            f"{max_length} tokens or more and are left out"
+        )
 
 
 def check_tokenized(rows: Dataset, model: PreTrainedModel, args: SFTConfig, records: int) -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from chunkft.core.optimizer import ChunkedOptimizer
-from chunkft.errors import as_input_error
+from chunkft.errors import InputError, as_input_error
 from chunkft.memory.budget import card_peaks
 from chunkft.models.adapters import METHODS
 from chunkft.models.losses import install_head
 from chunkft.recipes import judging, methods
 from chunkft.recipes.chunks import build_chunks, weight_bytes
 from chunkft.recipes.job import Job
+from chunkft.recipes.loading import model_of
 from chunkft.recipes.records import Data
 from chunkft.train import checkpoints, report
 from chunkft.train.adalora import AdaLoraCallback, config_of
@@ -25,13 +26,9 @@ from chunkft.train.trainer import (
     watch,
 )
 
-DEFAULT_MODEL = "smollm2-135m"
+# settings that some of TRL's trainers have
+OF_TRAINERS = ("max_length", "packing", "beta", "loss_type", "precompute_ref_log_probs")
 RESUME = "--resume_from_checkpoint"
-
-
-def model_of(job: Job) -> str:
-    """The model's name, or the default's."""
-    return job.model.model_name_or_path or DEFAULT_MODEL
 
 
 def prepare(setting: str | bool | None, out: Path) -> Path | None:
@@ -46,13 +43,54 @@ def prepare(setting: str | bool | None, out: Path) -> Path | None:
     return found
 
 
-def drive(job: Job, trainer: ChunkTrainer, model: Any, data: Data, found: Path | None) -> int:
+def check(job: Job) -> None:
+    """Settings that every recipe has: refuse what does not go together, say what has no effect.
+
+    Raises:
+        InputError: it names both settings.
+    """
+    methods.check(job)
+    args = job.training
+    optim = str(getattr(args.optim, "value", args.optim))
+    if job.chunk.state_bits == 8 and optim.endswith(("8bit", "4bit")):
+        print(
+            f"warning: --state_bits 8 without effect: {optim} keeps its moments in few bits itself"
+        )
+        job.chunk.state_bits = 32
+    if job.chunk.state_bits not in (32, 8):  # a YAML file's choices are not checked
+        raise InputError(f"--state_bits {job.chunk.state_bits} must be 32 or 8")
+    if job.chunk.resident_layers and not (job.chunk.stream_weights or job.chunk.memory):
+        print("warning: --resident_layers without effect: --stream_weights is off")
+        job.chunk.resident_layers = 0
+    if job.mixture.datasets and job.script.dataset_name:
+        print(f"warning: --dataset_name {job.script.dataset_name} without effect beside datasets")
+    if job.script.dataset_streaming:
+        print("warning: --dataset_streaming has no effect, records are read whole")
+    # what hides trouble, or costs without use, unless asked for
+    args.logging_nan_inf_filter = False
+    args.prediction_loss_only = True
+    if "report_to" not in job.given:
+        args.report_to = []
+    if "bf16" not in job.given and job.model.dtype != "float32":
+        args.bf16 = False  # the weights are 16-bit: autocast would only add casts
+
+
+def drive(
+    job: Job,
+    trainer: ChunkTrainer,
+    model: Any,
+    data: Data,
+    found: Path | None,
+    temperature: float = 1.0,
+    more: bool = False,
+) -> int:
     """Train and report; returns the exit code: 0, or 128 + signal number when told to stop.
 
     Args:
         trainer: built, with the trainable parameters marked; its optimizer is made here.
         model: without an adapter's wrapper.
         found: the checkpoint to go on from.
+        temperature, more: what the trainer's loss reads of the head, as in `install_head`.
 
     Raises:
         ChunkFTError: whatever is wrong with the settings or the run, in one line.
@@ -68,7 +106,7 @@ def drive(job: Job, trainer: ChunkTrainer, model: Any, data: Data, found: Path |
     trainer.add_callback(meter)
     if config_of(trained):
         trainer.add_callback(AdaLoraCallback(trained, out, found))
-    undo_head = install_head(model)
+    undo_head = install_head(model, temperature, more)
     with as_input_error("the first forward passes"):
         before, answers = judging.before(
             out, trainer, data, job.chunk.score_samples, fresh=found is None
@@ -141,8 +179,7 @@ def _settings(job: Job, optimizer: ChunkedOptimizer, model: Any) -> dict[str, An
         "weight_decay": args.weight_decay,
         "max_grad_norm": optimizer.max_grad_norm,
         "batch": f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps}",
-        "max_length": args.max_length,
-        "packing": args.packing,
+        **{name: getattr(args, name) for name in OF_TRAINERS if hasattr(args, name)},
         "activation checkpointing": args.gradient_checkpointing,
         "seed": args.seed,
     }

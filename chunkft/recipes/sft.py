@@ -12,24 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import PeftModel
 from transformers import PreTrainedModel
-from trl import SFTTrainer, get_quantization_config
+from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from chunkft.data.packing import check_isolation
 from chunkft.errors import FOREIGN, InputError, as_input_error, one_line
-from chunkft.memory.budget import this_computer
-from chunkft.models import adapters
 from chunkft.models.adapters import METHODS
 from chunkft.models.attention import choose_attention
-from chunkft.models.load import load_model
 from chunkft.recipes import methods
-from chunkft.recipes.chunks import stream
-from chunkft.recipes.fitting import must_stream
 from chunkft.recipes.job import Job
+from chunkft.recipes.loading import load, loading, settle, stream_if_need_be
 from chunkft.recipes.records import Data, check_raw, check_tokenized, load_data
-from chunkft.recipes.run import drive, model_of, prepare
+from chunkft.recipes.run import check, drive, prepare
 from chunkft.train.trainer import ChunkTrainer
 
 
@@ -48,15 +43,8 @@ def run(job: Job) -> int:
     found = prepare(args.resume_from_checkpoint, Path(str(args.output_dir)))
     with as_input_error("loading"):
         data = load_data(job)
-        model, tokenizer = load_model(
-            model_of(job),
-            trust_remote_code=args.trust_remote_code,
-            cache_dir=Path(job.chunk.cache_dir).expanduser(),
-            **_loading(job),
-        )
-        job.chunk.stream_weights |= must_stream(job, model, this_computer())
-        if job.chunk.stream_weights:
-            stream(job, model)
+        model, tokenizer = load(job)
+        stream_if_need_be(job, model)
         check_raw(data.train, tokenizer, args)
     if args.completion_only_loss and "completion" not in data.train.column_names:
         print("warning: --completion_only_loss without effect: the records have no completion")
@@ -66,24 +54,8 @@ def run(job: Job) -> int:
 
 
 def _check(job: Job) -> None:
-    methods.check(job)
-    method = job.chunk.method
-    optim = str(getattr(job.training.optim, "value", job.training.optim))
-    if job.chunk.state_bits == 8 and optim.endswith(("8bit", "4bit")):
-        print(
-            f"warning: --state_bits 8 without effect: {optim} keeps its moments in few bits itself"
-        )
-        job.chunk.state_bits = 32
-    if job.chunk.state_bits not in (32, 8):  # a YAML file's choices are not checked
-        raise InputError(f"--state_bits {job.chunk.state_bits} must be 32 or 8")
-    if job.chunk.resident_layers and not (job.chunk.stream_weights or job.chunk.memory):
-        print("warning: --resident_layers without effect: --stream_weights is off")
-        job.chunk.resident_layers = 0
-    if job.mixture.datasets and job.script.dataset_name:
-        print(f"warning: --dataset_name {job.script.dataset_name} without effect beside datasets")
-    if job.script.dataset_streaming:
-        print("warning: --dataset_streaming has no effect, records are read whole")
-    args = job.training
+    check(job)
+    args, method = job.training, job.chunk.method
     if args.packing and args.packing_strategy == "wrapped":
         raise InputError(
             "--packing_strategy wrapped lets packed records see each other; use bfd or bfd_split"
@@ -93,26 +65,6 @@ def _check(job: Job) -> None:
             f"--use_liger_kernel with --method {method}: its fused head reads the whole weight "
             f"and leaves the active slice without a gradient; leave it out (ours runs in tiles too)"
         )
-    # what hides trouble, or costs without use, unless asked for
-    args.logging_nan_inf_filter = False
-    args.prediction_loss_only = True
-    if "report_to" not in job.given:
-        args.report_to = []
-    if "bf16" not in job.given and job.model.dtype != "float32":
-        args.bf16 = False  # the weights are 16-bit: autocast would only add casts
-
-
-def _loading(job: Job) -> dict[str, Any]:
-    """Arguments of `load_model`; those in --model_init_kwargs come last, as in TRL."""
-    kwargs: dict[str, Any] = {
-        "dtype": job.model.dtype or "bfloat16",
-        "attn_implementation": job.model.attn_implementation,
-        "revision": job.model.model_revision,
-    }
-    if quantization := get_quantization_config(job.model):
-        kwargs["quantization_config"] = quantization
-    more = job.training.model_init_kwargs
-    return kwargs | (more if isinstance(more, dict) else {})
 
 
 def _build_trainer(job: Job, data: Data, model: PreTrainedModel, tokenizer: Any) -> ChunkSFTTrainer:
@@ -134,8 +86,7 @@ def _build_trainer(job: Job, data: Data, model: PreTrainedModel, tokenizer: Any)
         processing_class=tokenizer,
         peft_config=methods.adapter_of(job, model),
     )
-    if isinstance(trainer.model, PeftModel):
-        adapters.settle(trainer.model)
+    settle(trainer)
     assert isinstance(trainer.train_dataset, Dataset)
     check_tokenized(trainer.train_dataset, model, args, len(train))
     if wanted or args.packing:
@@ -166,7 +117,7 @@ def _isolate(job: Job, trainer: ChunkSFTTrainer, model: PreTrainedModel, optiona
     """
     used: Any = model.config._attn_implementation
     try:
-        if _loading(job)["attn_implementation"] is None:
+        if loading(job)["attn_implementation"] is None:
             model.set_attn_implementation(choose_attention())
         collator: Any = trainer.data_collator
         check_isolation(model, collator=collator)

@@ -50,7 +50,7 @@ class ChunkArguments:
     )
     trainable: str | None = setting(
         None,
-        "Budget of an adapter, such as 0.2% or 500000: the rank, block size or number of virtual "
+        "Budget of an adapter, such as 0.2%% or 500000: the rank, block size or number of virtual "
         "tokens that comes closest is taken. Or give it as --lora_r.",
     )
     adapter_kwargs: str | None = setting(
@@ -109,6 +109,12 @@ class ChunkArguments:
         None,
         "Memory for tensors on the device, such as 12GiB: whatever of chunks and checkpointing is "
         "not given is chosen to fit, and an over-run is told. On a CPU it bounds the process.",
+    )
+    reference: str = setting(
+        "auto",
+        "Of dpo, grpo and rloo. auto: the adapter switched off, or for all weights numbers made "
+        "before training (dpo) or a copy. copy: a frozen copy, streamed if the weights are.",
+        choices=["auto", "copy"],
     )
     score_samples: int = setting(
         50, "Held-out items to solve before and after, when the data is a reasoning-gym task."

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -241,6 +241,8 @@ class ChunkTrainer(AdaLoraTrainer, StreamingTrainer):
     """
 
     run: RunCallback | None = None
+    judged: Mapping[str, float] = MappingProxyType({})
+    """TRL's numbers of the last evaluation before or after training."""
     _metrics: Any  # TRL's
     _total_train_tokens: float
 
@@ -248,6 +250,7 @@ class ChunkTrainer(AdaLoraTrainer, StreamingTrainer):
         if self.run is None:
             # the numbers before and after are told by the report; a tracker that is asked before
             # training begins does not know its folder yet
+            self.judged = {name: sum(x) / len(x) for name, x in self._metrics["eval"].items()}
             self._metrics["eval"].clear()
             return
         self.run.extend(logs)

@@ -5,7 +5,7 @@ import warnings
 import pytest
 from datasets import Dataset
 
-from chunkft.data.lengths import check_lengths, padding, padding_share
+from chunkft.data.lengths import Lengths, check_lengths, padding, padding_share
 from chunkft.errors import InputError
 
 

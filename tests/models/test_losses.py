@@ -47,7 +47,8 @@ def batch(ignored=5):
 
 @pytest.mark.parametrize("tile", [2, 4, 100])
 @pytest.mark.parametrize("rows", [(3,), (2, 4)])
-def test_gradcheck_over_tiles_and_leaves(monkeypatch, tile, rows):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradcheck_over_tiles_and_leaves(monkeypatch, tile, rows, temperature):
     monkeypatch.setattr(losses, "tile_rows", lambda vocabulary: tile)
     torch.manual_seed(0)
     hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
@@ -58,7 +59,8 @@ def test_gradcheck_over_tiles_and_leaves(monkeypatch, tile, rows):
 
     def log_probs(hidden, *leaves):
         whole = torch.cat([weight[:2], *leaves, weight[2 + sum(rows) :]])
-        return HeadLogProbs.apply(hidden, whole.detach(), labels, 2, *leaves)[0]
+        more = temperature != 1.0
+        return HeadLogProbs.apply(hidden, whole.detach(), labels, 2, temperature, more, *leaves)[0]
 
     assert gradcheck(log_probs, (hidden, *leaves))
 
@@ -77,14 +79,17 @@ def test_values_are_those_of_log_softmax(monkeypatch):
 
 @pytest.mark.parametrize("layout", ["stream", "spread"])
 @pytest.mark.parametrize("tie", [True, False])
-def test_every_chunk_gets_the_gradient_of_stock_trl(layout, tie):
+@pytest.mark.parametrize("temperature", [1.0, 0.9])
+def test_every_chunk_gets_the_gradient_of_stock_trl(layout, tie, temperature):
+    """And all the numbers that DPO, GRPO and RLOO read beside the log-probabilities."""
     net = model(tie)
     optimizer = ChunkedOptimizer(net, torch.optim.SGD, lr=0.0, chunks=5, interval=1, layout=layout)
-    add_fused_lm_head(net, outputs=("log_probs", "entropy", "is_top1"))
+    extra = ("entropy", "mean_logits", "log_sum_sq_probs")
+    add_fused_lm_head(net, temperature, outputs=("log_probs", "is_top1", *extra))
     for _ in range(5):
         found = []
         for ours in (False, True):
-            undo = install_head(net) if ours else None
+            undo = install_head(net, temperature, more=True) if ours else None
             out = net(**batch(), fused_lm_head=True)
             out.loss.backward()
             leaves = [p for g in optimizer.param_groups for p in g["params"]]
@@ -94,7 +99,8 @@ def test_every_chunk_gets_the_gradient_of_stock_trl(layout, tie):
                 undo()
         (stock, theirs), (tiled, ours) = found
         torch.testing.assert_close(tiled.loss, stock.loss)
-        torch.testing.assert_close(tiled.entropy, stock.entropy)
+        for name in extra:
+            torch.testing.assert_close(getattr(tiled, name), getattr(stock, name))
         assert torch.equal(tiled.is_top1, stock.is_top1)
         assert len(ours) == len(theirs) > 0
         for a, b in zip(ours, theirs, strict=True):
