@@ -26,6 +26,7 @@ chunkft: full-parameter fine-tuning in the memory of an adapter
 
   chunkft sft    fine-tune all parameters of a language model on your records, or an adapter
   chunkft dpo    train it to prefer one answer to another
+  chunkft grpo   reinforcement learning on its own answers; chunkft rloo the same by REINFORCE
   chunkft reward train a model to score answers
   chunkft plan   what that takes, and the settings that fit a memory; needs no weights, no GPU
   chunkft merge  an adapter and its base become one plain model
@@ -78,6 +79,12 @@ class Recipe(NamedTuple):
     """Lines of help on settings that only it has."""
 
 
+_ROLLOUTS = """\
+  --reward_funcs NAME ...    package.module.function, or TRL's; a reasoning-gym task has its own
+  --reward_model_name_or_path MODEL
+  --num_generations N        --max_completion_length TOKENS   --temperature X
+  --beta X                   of the KL from the reference (0: none)"""
+
 RECIPES = {
     "sft": Recipe(
         "SFTConfig",
@@ -93,6 +100,20 @@ RECIPES = {
         "prompt + chosen + rejected",
         "  --beta X                   --loss_type sigmoid|ipo|...   --max_length TOKENS\n"
         "  --precompute_ref_log_probs the reference's numbers before training (default for chunks)",
+    ),
+    "grpo": Recipe(
+        "GRPOConfig",
+        "Reinforcement learning: the model's own answers, compared within groups by a reward; all\n"
+        "parameters chunk by chunk, or an adapter.",
+        "prompt, and whatever the reward reads",
+        _ROLLOUTS,
+    ),
+    "rloo": Recipe(
+        "RLOOConfig",
+        "Reinforcement learning: the model's own answers, each against the mean reward of the\n"
+        "others; all parameters chunk by chunk, or an adapter.",
+        "prompt, and whatever the reward reads",
+        _ROLLOUTS,
     ),
     "reward": Recipe(
         "RewardConfig",
@@ -288,6 +309,7 @@ def _recipe_parser(command: str) -> Any:
     import torch
     import trl
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+    from trl.scripts.grpo import GRPOScriptArguments
 
     from chunkft.train.config import ChunkArguments
 
@@ -303,8 +325,9 @@ def _recipe_parser(command: str) -> Any:
         )
 
     config = getattr(trl, RECIPES[command].config)
+    script = GRPOScriptArguments if command in ("grpo", "rloo") else ScriptArguments
     parser = TrlParser(
-        (ScriptArguments, config, Model, DatasetMixtureConfig, ChunkArguments),  # pyright: ignore[reportArgumentType]
+        (script, config, Model, DatasetMixtureConfig, ChunkArguments),  # pyright: ignore[reportArgumentType]
         prog=f"chunkft {command}",
         add_help=False,
         allow_abbrev=False,

@@ -60,6 +60,10 @@ class ReferenceMismatchError(ChunkFTError, RuntimeError):
     """The reference of a preference or RL run is not the model that it begins with."""
 
 
+class RewardError(ChunkFTError, RuntimeError):
+    """A reward raised, took too long, or returned something else than a number a completion."""
+
+
 class CheckpointError(ChunkFTError, RuntimeError):
     """A checkpoint is torn, or belongs to another run."""
 

@@ -181,7 +181,8 @@ def install_head(model: Any, temperature: float = 1.0, more: bool = False) -> Ca
     """
     stock = model.forward
 
-    @functools.wraps(stock)
+    # of the function, which has `self`: `generate` reads the signature
+    @functools.wraps(getattr(stock, "__func__", stock))
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         labels = kwargs.get("labels")
         shifted = kwargs.get("shift_labels") is not None

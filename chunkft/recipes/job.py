@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import ModelConfig, ScriptArguments
+from trl import ModelConfig
 
 from chunkft.train.config import ChunkArguments
 
@@ -12,7 +12,8 @@ from chunkft.train.config import ChunkArguments
 class Job:
     """One command line, parsed."""
 
-    script: ScriptArguments
+    script: Any
+    """TRL's, of the command's script."""
     training: Any
     """TRL's configuration of the command's trainer."""
     model: ModelConfig

@@ -17,7 +17,26 @@ PREFERRED = ("rewards/accuracies", "rewards/margins", "accuracy", "margin")
 def evaluate(
     trainer: Trainer, data: Data, score_samples: int
 ) -> tuple[dict[str, float], Solved | None]:
-    """Loss on what is held out, or on a sample of training; and the share of right answers."""
+    """Loss on what is held out, or on a sample of training; and the share of right answers.
+
+    Of rollouts the mean reward in the place of the loss; where a task scores the answers they write
+    greedily, its scores alone.
+    """
+    result: dict[str, float] = {}
+    if data.by_loss or data.task is None:
+        result = _evaluated(trainer, data)
+    solved = None
+    if data.task is not None and score_samples > 0:
+        assert data.items is not None
+        records = data.items.select(range(min(score_samples, len(data.items)))).to_list()
+        solved = solve(trainer.model, trainer.processing_class, data.task, records)
+        result["exact-match accuracy"] = solved.accuracy
+        result["mean score"] = sum(solved.scores) / len(solved.scores)
+    return result, solved
+
+
+def _evaluated(trainer: Trainer, data: Data) -> dict[str, float]:
+    """What the trainer's own evaluation says."""
     if trainer.eval_dataset is not None:
         result = {"loss": trainer.evaluate()["eval_loss"]}
     else:
@@ -26,14 +45,9 @@ def evaluate(
         measured = trainer.evaluate(eval_dataset=sample, metric_key_prefix="sample")
         result = {f"loss of {len(sample)} training rows": measured["sample_loss"]}
     told: Mapping[str, float] = getattr(trainer, "judged", {})
-    result |= {name: told[name] for name in PREFERRED if name in told}
-    solved = None
-    if data.task is not None and score_samples > 0:
-        assert data.items is not None
-        records = data.items.select(range(min(score_samples, len(data.items)))).to_list()
-        solved = solve(trainer.model, trainer.processing_class, data.task, records)
-        result["exact-match accuracy"] = solved.accuracy
-    return result, solved
+    if not data.by_loss:
+        return {"mean reward": told["reward"]}
+    return result | {name: told[name] for name in PREFERRED if name in told}
 
 
 def before(

@@ -28,6 +28,8 @@ class Data:
     task: ReasoningGymTask | None = None
     items: Any | None = None
     """Held-out questions with their answers, for `task` to score."""
+    by_loss: bool = True
+    """Whether a loss on held-out records says anything; of rollouts it does not."""
 
 
 def load_data(job: Job, wanted: Wanted = "training") -> Data:
@@ -51,6 +53,8 @@ def load_data(job: Job, wanted: Wanted = "training") -> Data:
         if held_out.dropped:
             print(f"{held_out.dropped} held-out items that occur in training were dropped")
         items = held_out.records
+        if wanted == "prompt":
+            return Data(train.remove_columns("completion"), None, task, items, by_loss=False)
         if wanted == "preference":
             return Data(task.preferences(train), task.preferences(items), task, items)
         return Data(train, items, task, items)
@@ -63,7 +67,7 @@ def load_data(job: Job, wanted: Wanted = "training") -> Data:
     held_out = None
     if str(getattr(job.training.eval_strategy, "value", job.training.eval_strategy)) != "no":
         held_out = load_records(source, split=script.dataset_test_split, **more)
-    return Data(train, held_out)
+    return Data(train, held_out, by_loss=wanted != "prompt")
 
 
 def tokens_of(record: dict[str, Any], tokenizer: Any, field: str = "text") -> dict[str, list[int]]:

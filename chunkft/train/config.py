@@ -116,6 +116,9 @@ class ChunkArguments:
         "before training (dpo) or a copy. copy: a frozen copy, streamed if the weights are.",
         choices=["auto", "copy"],
     )
+    reward_timeout: float = setting(
+        60.0, "Seconds that one call of a reward function of grpo and rloo may take."
+    )
     score_samples: int = setting(
         50, "Held-out items to solve before and after, when the data is a reasoning-gym task."
     )

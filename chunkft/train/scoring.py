@@ -15,6 +15,8 @@ class Solved(NamedTuple):
 
     accuracy: float
     answers: list[str]
+    scores: list[float]
+    """The task's own, of each answer."""
 
 
 @torch.no_grad()
@@ -64,5 +66,5 @@ def solve(
     finally:
         model.train(training)
         tokenizer.padding_side = side
-    right = [task.score(r, a) >= 1.0 for r, a in zip(records, answers, strict=True)]
-    return Solved(sum(right) / len(right), answers)
+    scores = [task.score(r, a) for r, a in zip(records, answers, strict=True)]
+    return Solved(sum(score >= 1.0 for score in scores) / len(scores), answers, scores)

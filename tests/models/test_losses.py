@@ -1,6 +1,7 @@
 """The tiled head: its gradient is right, whichever part of the head is active, and never dense."""
 
 import copy
+import inspect
 from dataclasses import fields
 
 import pytest
@@ -157,6 +158,7 @@ def test_undo_and_generation():
     add_fused_lm_head(net)
     theirs = net.forward
     undo = install_head(net)
+    assert inspect.signature(net.forward) == inspect.signature(type(net).forward.__get__(net))
     out = net.generate(batch()["input_ids"], max_new_tokens=3, do_sample=False)
     assert out.shape == (3, 17)
     copy.deepcopy(net)
