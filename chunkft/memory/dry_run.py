@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -70,6 +70,31 @@ def fake() -> Generator[None]:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         with FakeTensorMode(allow_non_fake_inputs=True), _Answers():
             yield
+
+
+def real() -> Any:
+    """Within `fake()`: tensors made within have memory after all."""
+    return unset_fake_temporarily()
+
+
+def as_fake(module: nn.Module) -> nn.Module:
+    """Within `fake()`: the module with every real tensor in it made fake, shared ones once."""
+    made: dict[int, Tensor] = {}
+
+    def to_fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return made[id(tensor)]
+
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and not isinstance(parameter, FakeTensor):
+                fake_one = nn.Parameter(to_fake(parameter), parameter.requires_grad)
+                part._parameters[name] = fake_one
+        for name, buffer in part._buffers.items():
+            if buffer is not None and not isinstance(buffer, FakeTensor):
+                part._buffers[name] = to_fake(buffer)
+    return module
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The optimizer of a job: how many chunks, which rate, where weights and state rest."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from chunkft.recipes.job import Job
 from chunkft.train import checkpoints
 from chunkft.train.adalora import config_of, plan_ranks
 from chunkft.train.config import (
+    DENSE_LEARNING_RATE,
     Rotation,
     choose_chunks,
     choose_learning_rate,
@@ -47,10 +49,8 @@ def build_chunks(
         planned_so = job.chunk.stream_weights, job.chunk.resident_layers
         if job.chunk.stream_weights and planned_so != as_it_is:
             stream(job, model)
-    if job.chunk.method == "chunk" and "learning_rate" not in job.given:
-        args.learning_rate = choose_learning_rate(rotation.chunks, job.chunk.layout)
-    if job.chunk.method in METHODS and "learning_rate" not in job.given:
-        args.learning_rate = METHODS[job.chunk.method].learning_rate
+    if "learning_rate" not in job.given:
+        args.learning_rate = _learning_rate(job, rotation)
     if kept and kept.learning_rate is not None:
         if "learning_rate" in job.given and args.learning_rate != kept.learning_rate:
             print(
@@ -75,6 +75,17 @@ def build_chunks(
         flush=True,
     )
     return optimizer, planned
+
+
+def _learning_rate(job: Job, rotation: Rotation) -> float:
+    """TRL's default for the trainer, for what trains: SFT's are the ones that were measured."""
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(job.training)}
+    dense = defaults["learning_rate"]
+    if job.chunk.method == "chunk":
+        return choose_learning_rate(rotation.chunks, job.chunk.layout, dense)
+    if job.chunk.method in METHODS:
+        return METHODS[job.chunk.method].learning_rate * dense / DENSE_LEARNING_RATE
+    return dense
 
 
 def _take_over(job: Job, kept: checkpoints.Kept) -> None:

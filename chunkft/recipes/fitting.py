@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from chunkft.core.exact import ELEMENTWISE
 from chunkft.core.store import GIB
+from chunkft.errors import InputError
 from chunkft.memory.budget import Device, installed, parse_bytes, this_computer
 from chunkft.memory.plan import Choice, Limits, Plan
 from chunkft.models.attention import NAME as VARLEN
@@ -41,9 +42,14 @@ def fit(
     """
     args, settings = trainer.args, job.chunk
     model: Any = trainer.model
-    load = _load(trainer, model)
+    if getattr(trainer, "ref_model", None) is not None:
+        raise InputError(
+            "--memory with a copy as reference, which the plan does not know; leave one of them out"
+        )
+    load = _load(job, trainer, model)
+    method = settings.method if load.adapter is None else "full"  # all at once
     free: list[str] = []
-    if settings.chunks is None and settings.method != "full" and not resuming:
+    if settings.chunks is None and method != "full" and not resuming:
         free.append("chunks")
     checkpointing = bool(args.activation_checkpointing)
     if not CHECKPOINTING & job.given:
@@ -59,10 +65,11 @@ def fit(
         free.append("stream_weights")
     # beside 8-bit moments blocks decide what is rounded together; of other rules they are tensors
     rounded = resuming and settings.state_bits == 8
-    if "state_block" not in job.given and not rounded and load.rule in ELEMENTWISE:
+    whole = load.adapter is None and load.rule in ELEMENTWISE
+    if "state_block" not in job.given and not rounded and whole:
         free.append("block")
     start = Choice(
-        settings.method,
+        method,
         rotation.chunks,
         rotation.interval,
         settings.layout,
@@ -115,23 +122,49 @@ def _offloads(model: Any) -> bool:
     return enable is not None and "offload" in inspect.signature(enable).parameters
 
 
-def _load(trainer: Trainer, model: Any) -> Workload:
-    """The longest batch that the data can make."""
+def _load(job: Job, trainer: Trainer, model: Any) -> Workload:
+    """The longest batch that the data can make.
+
+    Raises:
+        InputError: of what trains here the plan knows nothing.
+    """
     args = trainer.args
-    rows: Any = trainer.train_dataset
-    longest = max(len(ids) for ids in rows["input_ids"])
+    if job.chunk.quantize:
+        raise InputError(
+            f"--memory with --quantize {job.chunk.quantize}: the plan knows weights of 16 and 32 "
+            f"bits; leave one of them out"
+        )
+    longest, pairs = _longest(job, trainer)
     rule, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
     attention = model.config._attn_implementation or "sdpa"
     unpadded = attention == VARLEN and getattr(trainer.data_collator, "padding_free", False)
     return Workload(
         seq=longest,
-        batch=args.per_device_train_batch_size,
+        batch=args.per_device_train_batch_size * (2 if pairs else 1),
         accumulation=min(args.gradient_accumulation_steps, 2),  # from the second on all is alike
         dtype=next(p.dtype for p in model.parameters() if p.is_floating_point()),
         rule=rule if isinstance(rule, type) else torch.optim.AdamW,
         kwargs=kwargs,
         attention=attention,
         # a row alone is never padded
-        masked=args.per_device_train_batch_size > 1 or bool(getattr(args, "packing", False)),
+        masked=pairs
+        or args.per_device_train_batch_size > 1
+        or bool(getattr(args, "packing", False)),
         unpadded=unpadded,
+        adapter=getattr(model, "active_peft_config", None),
     )
+
+
+def _longest(job: Job, trainer: Trainer) -> tuple[int, bool]:
+    """Tokens of the longest row, and whether each record makes two: chosen and rejected."""
+    rows: Any = trainer.train_dataset
+    if "input_ids" in rows.column_names:
+        return max(map(len, rows["input_ids"])), False
+    if not {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(rows.column_names):
+        raise InputError(
+            f"--memory with {type(trainer).__name__}: the plan knows sft and dpo; leave it out"
+        )
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    lengths = zip(*(map(len, rows[name]) for name in names), strict=True)
+    longest = max(prompt + max(answers) for prompt, *answers in lengths)
+    return min(longest, job.training.max_length or longest), True

@@ -4,6 +4,7 @@ config -> the model on fake tensors -> dry runs (memory/dry_run.py) -> plan (mem
 """
 
 import argparse
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -18,10 +19,11 @@ from chunkft.data.lengths import Padding, padding
 from chunkft.data.sources import load_records
 from chunkft.errors import FOREIGN, InputError, as_input_error
 from chunkft.memory.budget import DEVICES, Device, device_of, parse_bytes, smallest_of
-from chunkft.memory.dry_run import DryRun, dry_run, fake
+from chunkft.memory.dry_run import DryRun, as_fake, dry_run, fake, real
 from chunkft.memory.eight_bit import EightBitMoments
 from chunkft.memory.plan import Choice, DoesNotFitError, Limits, Plan, make_plan
 from chunkft.memory.streaming import stream_weights
+from chunkft.models.adapters import attach
 from chunkft.models.gguf import EMBEDDED
 from chunkft.models.load import resolve_model
 from chunkft.models.losses import install_head, is_plain_head
@@ -55,6 +57,8 @@ class Workload:
     """Rows are padded or packed, so that attention needs a mask of batch x seq x seq."""
     unpadded: bool = False
     """Rows go end to end, each attending to itself (models/attention.py)."""
+    adapter: Any = None
+    """PEFT's configuration, where an adapter trains and the weights do not."""
 
 
 class _Host(Store):
@@ -71,6 +75,16 @@ def checkpoint_layers(model: Any) -> None:
     (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
+def adapted(model: Any, config: Any) -> Any:
+    """A fake model with an adapter around it, fake too; made of real tensors, which PEFT casts."""
+    config = copy.deepcopy(config)
+    if getattr(config, "init_lora_weights", True) not in (True, False):
+        config.init_lora_weights = True  # the others decompose weights, which are not there
+    with real():
+        wrapped = attach(model, config)
+    return as_fake(wrapped)
+
+
 def trial_of(config: PretrainedConfig, load: Workload, on_host: bool) -> Callable[[Choice], DryRun]:
     """A dry run of the model of `config` under a choice of settings."""
 
@@ -82,8 +96,11 @@ def trial_of(config: PretrainedConfig, load: Workload, on_host: bool) -> Callabl
             model = AutoModelForCausalLM.from_config(
                 config, dtype=load.dtype, attn_implementation=load.attention
             ).train()
+            base: Any = model
+            if load.adapter is not None:
+                model = adapted(model, load.adapter)
             if choice.checkpointing:
-                checkpoint_layers(model)
+                checkpoint_layers(base)
             if choice.stream_weights:
                 stream_weights(model, resident=choice.resident_layers)
             settings: dict[str, Any] = {"chunks": choice.chunks, "exact": choice.method == "exact"}
@@ -96,9 +113,9 @@ def trial_of(config: PretrainedConfig, load: Workload, on_host: bool) -> Callabl
             optimizer = ChunkedOptimizer(
                 model, load.rule, **settings, **(load.kwargs or {"lr": 1e-5})
             )
-            install_head(model)
+            install_head(base)
             ids = torch.zeros(load.batch, load.seq, dtype=torch.long)
-            more: dict[str, Any] = {"fused_lm_head": True} if is_plain_head(model) else {}
+            more: dict[str, Any] = {"fused_lm_head": True} if is_plain_head(base) else {}
             more["attention_mask"] = seen
             if load.unpadded:
                 ids = ids.view(1, -1)

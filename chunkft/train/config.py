@@ -15,7 +15,7 @@ from chunkft.errors import InputError
 FEWEST_CHUNKS, MOST_CHUNKS = 8, 64
 BYTES_PER_ELEMENT, WORKING_BYTES = 16, 2**30
 LONG_VISIT = 20
-DENSE_LEARNING_RATE = 2e-5  # TRL's default for dense AdamW
+DENSE_LEARNING_RATE = 2e-5  # TRL's default for dense AdamW in SFT
 
 CHECKPOINTING = {"gradient_checkpointing", "activation_checkpointing"}  # one flag, two names
 
@@ -185,14 +185,14 @@ def choose_rotation(
     return Rotation(k, t)
 
 
-def choose_learning_rate(chunks: int, layout: str) -> float:
+def choose_learning_rate(chunks: int, layout: str, dense: float = DENSE_LEARNING_RATE) -> float:
     """The dense rate times sqrt(K), in `spread` twice that.
 
     Each weight gets 1/K of the updates. Never more than K times the dense rate, with which the
     updates of a weight add up to what they are in dense training.
     """
     factor = sqrt(chunks) if layout == "stream" else min(chunks, 2 * sqrt(chunks))
-    return DENSE_LEARNING_RATE * factor
+    return dense * factor
 
 
 def refuse_optimizer(optim: str, deepspeed: object) -> None:

@@ -257,8 +257,8 @@ class ChunkTrainer(AdaLoraTrainer, StreamingTrainer):
         super().log(logs, start_time)
 
     def tokens_seen(self) -> float:
-        """Tokens trained on so far; TRL counts them."""
-        return self._total_train_tokens
+        """Tokens trained on so far, as TRL counts them."""
+        return max(self._total_train_tokens, self.state.num_input_tokens_seen)
 
 
 class CheckpointCallback(TrainerCallback):

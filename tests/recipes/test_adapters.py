@@ -243,3 +243,14 @@ def test_what_cannot_merge_says_why(sft, merge, tmp_path, tiny_model):
     _, _, _, folder = sft("--method", "lora", out="lora")
     code, _, err = merge(folder, tmp_path / "merged", "--base", tmp_path / "nowhere")
     assert code == 2 and "--base" in err
+
+
+def test_memory_is_planned_for_what_trains(sft):
+    code, out, err, folder = sft("--method", "lora", "--memory", "8GiB")
+    assert code == 0, err
+    assert "plan for 8GiB" in out and "more than planned" not in out
+    found = json.loads((folder / "metrics.json").read_text())
+    for kind in ("weights", "gradient", "state"):
+        assert found["planned"][kind] == found["measured"][kind]
+    code, _, err, _ = sft("--method", "lora", "--quantize", "nf4", "--memory", "8GiB", out="nf4")
+    assert code == 2 and "--memory with --quantize nf4" in err

@@ -24,7 +24,7 @@ def _card() -> Iterator[None]:
     """Tensors are on the CPU all the same: no room for cuBLAS, no page-locked memory."""
     with (
         patch("chunkft.recipes.fitting.this_computer", lambda: CARD),
-        patch("chunkft.recipes.sft.this_computer", lambda: CARD),
+        patch("chunkft.recipes.loading.this_computer", lambda: CARD),
         patch("chunkft.memory.plan.LIBRARY", 0),
         patch("transformers.modeling_utils.save_on_cpu", lambda **_: save_on_cpu()),
     ):
