@@ -23,6 +23,12 @@ import matplotlib.pyplot as plt
 
 METRICS = "metrics.json"
 PACKAGES = ("chunkft", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers")
+PLOTTED = {
+    "loss": "training loss",
+    "rewards/margins": "reward of chosen less rejected",
+    "reward": "mean reward of completions",
+    "kl": "KL from the reference",
+}
 CARD = {
     "allocated": "allocated by tensors on the GPU",
     "reserved": "reserved by torch's allocator",
@@ -54,12 +60,16 @@ class Outcome:
 
 
 def write(folder: Path, outcome: Outcome) -> Path:
-    """Write `report.md` and, if anything was logged, `loss.png`; returns the report's path."""
+    """Write `report.md` and pictures of what was logged; returns the report's path."""
     lines = ["# Run report", "", "```", outcome.command, "```", ""]
     lines += _numbers(outcome)
     if outcome.history:
-        _plot(folder / "loss.png", outcome.history)
-        lines += ["![loss](loss.png)", ""]
+        for name, label in PLOTTED.items():
+            rows = [row for row in outcome.history if row.get(name) is not None]
+            if rows:
+                file = name.split("/")[-1] + ".png"
+                _plot(folder / file, rows, name, label)
+                lines += [f"![{name}]({file})", ""]
     lines += _coverage(outcome.audit, outcome.parameters)
     lines += ["## Memory by kind", "", "| kind | GiB |", "|---|---|"]
     lines += [f"| {kind} | {size / GIB:.3f} |" for kind, size in outcome.bytes_by_kind.items()]
@@ -161,11 +171,11 @@ def _coverage(audit: Audit, parameters: int) -> list[str]:
     return lines
 
 
-def _plot(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+def _plot(path: Path, history: Sequence[Mapping[str, float]], name: str, label: str) -> None:
     figure, axis = plt.subplots(figsize=(7, 4))
-    axis.plot([row["step"] for row in history], [row["loss"] for row in history])
+    axis.plot([row["step"] for row in history], [row[name] for row in history])
     axis.set_xlabel("optimizer step")
-    axis.set_ylabel("training loss")
+    axis.set_ylabel(label)
     axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

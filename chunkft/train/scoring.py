@@ -26,12 +26,14 @@ def solve(
     task: ReasoningGymTask,
     records: Sequence[dict[str, Any]],
     max_new_tokens: int | None = None,
+    sample: bool = False,
 ) -> Solved:
     """Answer each record greedily; right means the task's own scorer gives the full 1.0.
 
     Args:
         records: rows with `prompt`, `completion` and what the task needs to score.
         max_new_tokens: None takes twice the longest reference answer, and 8 at least.
+        sample: draw answers at temperature 1 instead.
     """
     if max_new_tokens is None:
         references = [record["completion"][0]["content"] for record in records]
@@ -53,10 +55,10 @@ def solve(
             ).to(model.device)
             output = model.generate(
                 **batch,
-                do_sample=False,
-                temperature=None,
+                do_sample=sample,
+                temperature=1.0 if sample else None,
                 top_p=None,
-                top_k=None,
+                top_k=0 if sample else None,
                 use_cache=True,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,

@@ -105,6 +105,8 @@ def test_it_begins_at_kl_0_and_trains(call, command, method):
     report = (folder / "report.md").read_text()
     assert f"{count} of {count} trainable elements were trained" in report
     assert "| beta | 0.1 |" in report
+    for name in ("loss", "reward", "kl"):
+        assert f"({name}.png)" in report and (folder / f"{name}.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("method", [["--method", "prompt"], ["--method", "pissa"]])
