@@ -11,30 +11,23 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.core.store import GIB, Store
-from chunkft.data.lengths import Padding, padding
-from chunkft.data.sources import load_records
-from chunkft.errors import FOREIGN, InputError, as_input_error
+from chunkft.errors import InputError, as_input_error
 from chunkft.memory.budget import DEVICES, Device, device_of, parse_bytes, smallest_of
 from chunkft.memory.dry_run import DryRun, as_fake, dry_run, fake, real
 from chunkft.memory.eight_bit import EightBitMoments
 from chunkft.memory.plan import Choice, DoesNotFitError, Limits, Plan, make_plan
 from chunkft.memory.streaming import stream_weights
-from chunkft.models.adapters import attach
-from chunkft.models.gguf import EMBEDDED
-from chunkft.models.load import resolve_model
 from chunkft.models.losses import install_head, is_plain_head
 from chunkft.models.shapes import config_of
-from chunkft.recipes.records import tokens_of
 from chunkft.train.config import FEWEST_CHUNKS
 
 # transformers' own: inputs of checkpointed layers in page-locked memory until backward
 OFFLOAD = {"offload": True}
 SEQ = 1024  # tokens of a row, as TRL's max_length
-SAMPLED = 2000  # records whose lengths are looked at
 FREE = ("chunks", "checkpointing", "offload", "block", "stream_weights")
 
 
@@ -80,6 +73,8 @@ def adapted(model: Any, config: Any) -> Any:
     config = copy.deepcopy(config)
     if getattr(config, "init_lora_weights", True) not in (True, False):
         config.init_lora_weights = True  # the others decompose weights, which are not there
+    from chunkft.models.adapters import attach  # PEFT is not needed for any other plan
+
     with real():
         wrapped = attach(model, config)
     return as_fake(wrapped)
@@ -158,9 +153,11 @@ def run(options: argparse.Namespace) -> int:
         parse_bytes(options.host_memory) if options.host_memory else None,
         parse_bytes(options.disk) if options.disk else None,
     )
-    rows = rows_of(options) if options.dataset_name else None
+    rows = None
+    if options.dataset_name:
+        rows = _padding().measure(options, options.seq or SEQ)
     if options.seq is None:
-        options.seq = min(rows.longest, SEQ) if rows else SEQ
+        options.seq = rows.longest if rows else SEQ
     load = Workload(options.seq, options.batch, options.accumulation, getattr(torch, options.dtype))
     start = Choice(options.method, options.chunks or FEWEST_CHUNKS, options.interval)
     start = replace(start, layout=options.layout, store=options.store)
@@ -180,50 +177,20 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(told, indent=1))
         return 2
     if options.json:
-        print(json.dumps(as_json(found, options.model, load) | rows_as_json(rows), indent=1))
-    else:
-        print(as_text(found, options.model, load))
-        print(rows_as_text(rows, options.batch), end="")
+        data = {"data": rows._asdict()} if rows else {}
+        print(json.dumps(as_json(found, options.model, load) | data, indent=1))
+        return 0
+    print(as_text(found, options.model, load))
+    if rows:
+        print(_padding().as_text(rows, options.batch))
     return 0
 
 
-def rows_of(options: argparse.Namespace) -> Padding:
-    """Lengths of a sample of the data, by the model's tokenizer where there is one.
+def _padding() -> Any:
+    """It needs datasets and trl, which no plan does."""
+    from chunkft.recipes import padding
 
-    Raises:
-        InputError: no such data.
-    """
-    config = config_of(options.model).get_text_config()
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model(options.model))
-    except (*FOREIGN, InputError):
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(EMBEDDED))
-        print(f"lengths are by the tokenizer of {EMBEDDED}: {options.model} is only a shape here")
-    with as_input_error(f"reading {options.dataset_name}"):
-        records: Any = load_records(options.dataset_name, size=SAMPLED)
-        lengths = [len(tokens_of(record, tokenizer)["input_ids"]) for record in records]
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
-    embedding = model.get_input_embeddings().weight
-    tied = embedding is model.get_output_embeddings().weight
-    weights = model.num_parameters() - (0 if tied else embedding.numel())
-    bound = options.seq or SEQ
-    attention = config.num_hidden_layers * config.hidden_size / weights
-    return padding([min(n, bound) for n in lengths], options.batch, attention)
-
-
-def rows_as_text(rows: Padding | None, batch: int) -> str:
-    if rows is None:
-        return ""
-    return (
-        f"data: {rows.records:,} records of {rows.mean:.0f} tokens on average, {rows.longest} at "
-        f"most\n  padded in batches of {batch}, {rows.share:.0%} would be padding, at "
-        f"{rows.flops:.2f} x the FLOPs of rows without (the default of chunkft sft)\n"
-    )
-
-
-def rows_as_json(rows: Padding | None) -> dict[str, Any]:
-    return {} if rows is None else {"data": rows._asdict()}
+    return padding
 
 
 def plan(

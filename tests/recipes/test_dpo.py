@@ -65,8 +65,9 @@ CHUNK, EXACT = ["--method", "chunk", "--chunks", 2], ["--method", "exact", "--ch
 
 @pytest.mark.parametrize(
     "method",
-    [CHUNK, EXACT, ["--method", "full"], ["--method", "lora"], ["--method", "dora"],
-     ["--method", "adalora"], ["--method", "oft", "--lora_r", 4], ["--method", "ia3"]],
+    [CHUNK, EXACT, ["--method", "lora"], ["--method", "dora"], ["--method", "adalora"],
+     *(pytest.param(["--method", *words], marks=pytest.mark.slow)
+       for words in (["full"], ["oft", "--lora_r", 4], ["ia3"]))],
     ids=lambda words: words[1],
 )  # fmt: skip
 def test_it_begins_at_ln_2_and_learns(call, method):

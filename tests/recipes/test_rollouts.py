@@ -92,8 +92,15 @@ CHUNK, EXACT = ["--method", "chunk", "--chunks", 2], ["--method", "exact", "--ch
 LORA = ["--method", "lora"]
 
 
-@pytest.mark.parametrize("command", ["grpo", "rloo"])
-@pytest.mark.parametrize("method", [CHUNK, EXACT, LORA], ids=["chunk", "exact", "lora"])
+@pytest.mark.parametrize(
+    ("command", "method"),
+    [
+        *[("grpo", CHUNK), ("grpo", LORA), ("rloo", CHUNK)],
+        pytest.param("grpo", EXACT, marks=pytest.mark.slow),
+        pytest.param("rloo", EXACT, marks=pytest.mark.slow),
+        pytest.param("rloo", LORA, marks=pytest.mark.slow),
+    ],
+)
 def test_it_begins_at_kl_0_and_trains(call, command, method):
     code, _, err, folder = call(*method, "--beta", 0.1, command=command)
     assert code == 0, err
