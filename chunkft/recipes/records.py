@@ -39,7 +39,7 @@ def load_data(job: Job, wanted: Wanted = "training") -> Data:
         if job.mixture.streaming:
             raise InputError("streaming: true has no length to cut cycles from; leave it out")
         mixed: Any = get_dataset(job.mixture)
-        return Data(mixed["train"], mixed.get("test"))
+        return Data(mixed["train"], mixed.get("test"), by_loss=wanted != "prompt")
     source = script.dataset_name
     if not source:
         raise InputError(

@@ -89,8 +89,8 @@ def _rewards(job: Job, data: Data) -> list[Any]:
     if job.script.reward_funcs and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as TRL's own command
     found: list[Any] = [guarded(named_reward(name), seconds) for name in names]
-    if job.script.reward_model_name_or_path:
-        found.append(job.script.reward_model_name_or_path)
+    if job.script.reward_model_name_or_path:  # first, as TRL has it: --reward_weights go by place
+        found.insert(0, job.script.reward_model_name_or_path)
     if not found and data.task is not None:
         found.append(guarded(task_reward(data.task), seconds))
     if not found:
@@ -104,6 +104,13 @@ def _rewards(job: Job, data: Data) -> list[Any]:
 def _reference(job: Job, model: PreTrainedModel) -> PreTrainedModel | None:
     """A frozen copy, or None where there is no KL or the adapter can be switched off."""
     args, adapter = job.training, job.chunk.method in METHODS
+    if getattr(args, "entropy_coef", 0.0) or getattr(args, "use_adaptive_entropy", False):
+        raise InputError(
+            "--entropy_coef and --use_adaptive_entropy: the tiled head gives entropy no gradient, "
+            "so they would change the loss and no weight; leave them out"
+        )
+    if args.sync_ref_model and adapter:
+        raise InputError(f"--sync_ref_model with --method {job.chunk.method}; leave one out")
     if args.beta == 0.0:
         if job.chunk.reference == "copy":
             raise InputError("--reference copy with --beta 0: there is nothing to compare with it")
