@@ -9,8 +9,10 @@ somebody else's traceback, or be averaged over. Each is an error here that names
 says that a completion cannot be scored, and is left out of the average as TRL does.
 """
 
+import asyncio
 import functools
 import importlib
+import inspect
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -115,13 +117,20 @@ def guarded(reward: Reward, seconds: float) -> Reward:
     return call
 
 
+async def _awaited(value: Any) -> Any:
+    return await value
+
+
 def _within(seconds: float, name: str, function: Callable[[], Any]) -> Any:
     found: list[Any] = []
     failed: list[BaseException] = []
 
     def work() -> None:
         try:
-            found.append(function())
+            value = function()
+            if inspect.isawaitable(value):
+                value = asyncio.run(_awaited(value))
+            found.append(value)
         except BaseException as error:
             failed.append(error)
 

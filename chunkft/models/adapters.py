@@ -133,8 +133,11 @@ def configure(
     if method.dial is None and dial is not None:
         raise InputError(f"{name} has no rank, block size or tokens to set; leave {dial} out")
     settings = method.settings(dial or method.dial or 0)
-    seq2seq = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    settings["task_type"] = "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM"
+    settings["task_type"] = "CAUSAL_LM"
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        settings["task_type"] = "SEQ_CLS"
+    elif getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        settings["task_type"] = "SEQ_2_SEQ_LM"
     if "target_modules" in known and (targets is not None or method.dial is not None):
         chosen = targets or ALL_LINEAR
         settings["target_modules"] = chosen if isinstance(chosen, str) else list(chosen)

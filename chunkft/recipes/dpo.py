@@ -92,6 +92,8 @@ def run(job: Job) -> int:
 def _reference(job: Job, model: PreTrainedModel) -> PreTrainedModel | None:
     """A frozen copy, or None where the reference's numbers come from elsewhere."""
     args, adapter = job.training, job.chunk.method in METHODS
+    if args.sync_ref_model and job.chunk.stream_weights:
+        raise InputError("--sync_ref_model with --stream_weights: leave one of them out")
     given = "precompute_ref_log_probs" in job.given
     wanted = job.chunk.reference == "copy" or args.sync_ref_model
     if not adapter and given and not args.precompute_ref_log_probs:
@@ -117,7 +119,7 @@ def _build_trainer(
     if held_out is None:  # judged before and after, and its reference numbers are made here
         held_out = data.train.select(range(min(SAMPLE, len(data.train))))
     adapter = methods.adapter_of(job, model)
-    probe = methods.probe(model) if adapter and reference is None else None
+    probe = methods.probe(job, model) if adapter and reference is None else None
     trainer = ChunkDPOTrainer(
         model=model,
         ref_model=reference,
@@ -129,7 +131,7 @@ def _build_trainer(
     )
     settle(trainer)
     if probe is not None:
-        methods.check_off(job.chunk.method, trainer.model, probe)
+        methods.check_off(job, trainer.model, probe)
     if reference is not None:
         install_head(reference)
     return trainer

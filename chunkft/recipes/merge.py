@@ -6,8 +6,10 @@ adapter away with them. Merged weights are rounded once, to the base's dtype.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig, PeftModel, PromptLearningConfig
+from transformers import AutoModelForSequenceClassification
 
 from chunkft.errors import InputError, as_input_error, one_line
 from chunkft.models.load import load_model
@@ -36,8 +38,10 @@ def run(options: argparse.Namespace) -> int:
     if not name:
         raise InputError(f"{adapter} does not name its base; give --base MODEL")
     checkpoints.prepare_output(out, None, resuming=False)
+    scores = config.task_type == "SEQ_CLS"  # a reward model, whose head is in the adapter
+    kind: dict[str, Any] = {"auto": AutoModelForSequenceClassification, "num_labels": 1}
     try:
-        model, tokenizer = load_model(name, dtype=options.dtype)
+        model, tokenizer = load_model(name, dtype=options.dtype, **(kind if scores else {}))
     except InputError as error:
         raise InputError(f"base of {adapter}: {error}; or give --base MODEL") from error
     with as_input_error(f"merging {adapter} into {name}"):

@@ -41,6 +41,10 @@ def check(job: Job) -> None:
     Raises:
         InputError: settings that exclude each other; it names both.
     """
+    for name, known in (("method", IDLE), ("reference", ("auto", "copy"))):
+        value = getattr(job.chunk, name)  # of a YAML file no choices are checked
+        if value not in known:
+            raise InputError(f"--{name} {value} must be one of {', '.join(known)}")
     _settle(job)
     method, given = job.chunk.method, job.given
     if method in METHODS:
@@ -96,6 +100,11 @@ def _check_adapter(job: Job) -> None:
             f"--stream_weights with --method {name}: adapters are put around layers, which would "
             f"visit the device without them; leave one of the two out"
         )
+    if getattr(args, "sync_ref_model", False):
+        raise InputError(
+            f"--sync_ref_model with --method {name}: what moves is the adapter, and the reference "
+            f"has none; leave one of the two out"
+        )
     if job.chunk.trainable is not None and "lora_r" in job.given:
         raise InputError("--trainable chooses the size that --lora_r sets; leave one of them out")
     if not method.is_virtual:
@@ -125,7 +134,8 @@ def adapter_of(job: Job, model: PreTrainedModel) -> PeftConfig | None:
     name = job.chunk.method
     if name not in METHODS:
         return None
-    if "use_peft" in job.given and "method" not in job.given and job.chunk.trainable is None:
+    ours = {"method", "trainable", "adapter_kwargs"} & job.given
+    if "use_peft" in job.given and not ours:
         return get_peft_config(job.model)  # `trl sft --use_peft` keeps its meaning
     options, given = job.model, job.given
     known = METHODS[name].config.__dataclass_fields__
@@ -141,7 +151,7 @@ def adapter_of(job: Job, model: PreTrainedModel) -> PeftConfig | None:
         targets = [targets]  # TRL makes a list of one its item, which PEFT takes for an expression
     dial = options.lora_r if "lora_r" in given else None
     if job.chunk.trainable is not None:
-        budget = adapters.parse_budget(job.chunk.trainable, model.num_parameters())
+        budget = adapters.parse_budget(str(job.chunk.trainable), model.num_parameters())
         dial = adapters.size_for(name, model, budget, targets, more).dial
     return adapters.configure(name, model, dial, targets, more)
 
@@ -158,8 +168,13 @@ def _kwargs(given: str | dict[str, Any] | None) -> dict[str, Any]:
     return found
 
 
-def probe(model: PreTrainedModel) -> Tensor:
-    """Logits of a fixed text, to be compared once an adapter is there and off."""
+def probe(job: Job, model: PreTrainedModel) -> Tensor:
+    """Logits of a fixed text, to be compared once an adapter is there and off.
+
+    On the device where the trainer will have the model: another one rounds otherwise.
+    """
+    if not job.chunk.quantize:  # bitsandbytes has placed its own
+        model.to(job.training.device)  # pyright: ignore[reportArgumentType]
     vocabulary: Any = model.config.get_text_config().vocab_size
     ids = torch.arange(PROBE, device=model.device)[None] * 7919 % vocabulary
     mode = model.training
@@ -169,18 +184,18 @@ def probe(model: PreTrainedModel) -> Tensor:
     return logits
 
 
-def check_off(name: str, model: Any, before: Tensor) -> None:
+def check_off(job: Job, model: Any, before: Tensor) -> None:
     """Prove that `model` with its adapter off is the base, of which `before` are the logits.
 
     Raises:
         InputError: it is not; PiSSA and OLoRA take what they train out of the weights.
     """
     with model.disable_adapter():
-        off = probe(model)
-    if not torch.equal(off[:, -PROBE:], before.to(off.device)):
+        off = probe(job, model)
+    if not torch.equal(off[:, -PROBE:], before):
         raise InputError(
-            f"--method {name}: with the adapter off the model is not its base (logits differ by "
-            f"{(off[:, -PROBE:] - before.to(off.device)).abs().max():.2g}), so it cannot be the "
+            f"--method {job.chunk.method}: with the adapter off the model is not its base (logits "
+            f"differ by {(off[:, -PROBE:] - before).abs().max():.2g}), so it cannot be the "
             f"reference; use --reference copy, or lora"
         )
 

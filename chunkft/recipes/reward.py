@@ -49,7 +49,7 @@ def _build_trainer(
         held_out = data.train.select(range(min(SAMPLE, len(data.train))))
     adapter = methods.adapter_of(job, model)
     if adapter is not None:
-        adapter.task_type = "SEQ_CLS"
+        adapter.task_type = "SEQ_CLS"  # of --use_peft too, whose default is CAUSAL_LM
     trainer = ChunkRewardTrainer(
         model=model,
         args=job.training,

@@ -86,6 +86,7 @@ def run(job: Job, trainer_class: Callable[..., RolloutTrainer]) -> int:
 
 def _rewards(job: Job, data: Data) -> list[Any]:
     names, seconds = job.script.reward_funcs or [], job.chunk.reward_timeout
+    names = [names] if isinstance(names, str) else names  # one in a YAML file
     if job.script.reward_funcs and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as TRL's own command
     found: list[Any] = [guarded(named_reward(name), seconds) for name in names]
@@ -109,8 +110,6 @@ def _reference(job: Job, model: PreTrainedModel) -> PreTrainedModel | None:
             "--entropy_coef and --use_adaptive_entropy: the tiled head gives entropy no gradient, "
             "so they would change the loss and no weight; leave them out"
         )
-    if args.sync_ref_model and adapter:
-        raise InputError(f"--sync_ref_model with --method {job.chunk.method}; leave one out")
     if args.beta == 0.0:
         if job.chunk.reference == "copy":
             raise InputError("--reference copy with --beta 0: there is nothing to compare with it")
@@ -137,10 +136,16 @@ def _build_trainer(
     held_out = data.held_out
     if held_out is None:
         held_out = data.train.select(range(min(JUDGED, len(data.train))))
-    if data.task is not None:
-        held_out = None  # judged by the answers it writes, greedily
+    if data.task is not None:  # judged by the answers it writes, greedily
+        assert data.items is not None
+        held_out = None
+        if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
+            held_out = data.items.remove_columns("completion")
+    if "per_device_eval_batch_size" not in job.given:  # whole groups, whatever evaluates them
+        groups = args.num_generations_eval or args.num_generations
+        args.per_device_eval_batch_size = -(-args.per_device_eval_batch_size // groups) * groups
     adapter = methods.adapter_of(job, model)
-    probe = methods.probe(model) if adapter and reference is None and args.beta else None
+    probe = methods.probe(job, model) if adapter and reference is None and args.beta else None
     beta, sync = args.beta, args.sync_ref_model
     if reference is not None:
         args.beta, args.sync_ref_model = 0.0, False  # or TRL would read a model by its name
@@ -155,7 +160,7 @@ def _build_trainer(
     )
     settle(trainer)
     if probe is not None:
-        methods.check_off(job.chunk.method, trainer.model, probe)
+        methods.check_off(job, trainer.model, probe)
     if reference is not None:
         args.beta, args.sync_ref_model, trainer.beta = beta, sync, beta
         add_fused_lm_head(reference, temperature=trainer.temperature)

@@ -100,12 +100,12 @@ def drive(
         optimizer, planned = build_chunks(job, trainer, found)
     saves = CheckpointCallback(out, args.save_total_limit)
     watching = RunCallback(optimizer, trainer.tokens_seen)
-    watch(trainer, watching, saves)
     trained: Any = trainer.model  # around `model` where there is an adapter
+    if config_of(trained):  # before the one that seals what this one writes
+        trainer.add_callback(AdaLoraCallback(trained, out, found))
+    watch(trainer, watching, saves)
     meter = MeterCallback(trained, optimizer, model.config.get_text_config().vocab_size)
     trainer.add_callback(meter)
-    if config_of(trained):
-        trainer.add_callback(AdaLoraCallback(trained, out, found))
     undo_head = install_head(model, temperature, more)
     with as_input_error("the first forward passes"):
         before, answers = judging.before(

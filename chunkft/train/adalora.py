@@ -98,8 +98,9 @@ class AdaLoraTrainer(Trainer):
         if config is None or not stock.training:
             return found
         more = penalty(stock, config)
-        # with it Trainer leaves the division to the loss
-        if kwargs.get("num_items_in_batch") is not None:
+        # where Trainer leaves the division by micro-batches to the loss
+        divided = getattr(self, "loss_is_scaled_for_ga", None)
+        if divided or (divided is None and kwargs.get("num_items_in_batch") is not None):
             more = more / self.current_gradient_accumulation_steps
         if isinstance(found, tuple):
             return found[0] + more, *found[1:]

@@ -86,6 +86,9 @@ def test_resumes_to_the_bit(sft, method):
         code, out, err, _ = sft(*common, "--resume_from_checkpoint", out=f"torn{stop}")
         assert code == 0, err
         assert f"checkpoint-{stop}" in out
+        sealed = json.loads((torn / "checkpoint-8" / "chunkft_manifest.json").read_text())
+        inside = {path.name for path in (torn / "checkpoint-8").iterdir() if path.is_file()}
+        assert inside <= sealed["files"].keys() | {"chunkft_manifest.json"}
         a, b = adapter(whole), adapter(torn)
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -162,6 +165,10 @@ def test_what_trl_calls_lora_stays_trls(sft):
     config = PeftConfig.from_pretrained(str(folder))
     assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 32, 0.05)
     assert set(config.target_modules) == {"q_proj", "v_proj"}  # PEFT's for Llama
+    kwargs = '{"init_lora_weights": "olora"}'
+    code, _, err, folder = sft("--use_peft", "--adapter_kwargs", kwargs, out="kwargs")
+    assert code == 0, err
+    assert PeftConfig.from_pretrained(str(folder)).init_lora_weights == "olora"
     code, _, err, folder = sft("--method", "dora", "--lora_target_modules", "q_proj", out="dora")
     config = PeftConfig.from_pretrained(str(folder))
     assert config.use_dora and set(config.target_modules) == {"q_proj"}

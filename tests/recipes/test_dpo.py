@@ -8,11 +8,12 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from chunkft.cli import main
 from chunkft.data.tasks import ReasoningGymTask
 from chunkft.recipes import dpo
+from tests.recipes.conftest import metrics, same
 
 STEPS = 6
 RATE = ["--learning_rate", 1e-2]
@@ -45,19 +46,6 @@ def call(tiny_model, tmp_path, capsys):
         return code, told.out, told.err, folder
 
     return call
-
-
-def metrics(folder):
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def weights(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
-
-
-def same(a, b):
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 CHUNK, EXACT = ["--method", "chunk", "--chunks", 2], ["--method", "exact", "--chunks", 2]
@@ -237,6 +225,32 @@ def test_a_reward_model_learns_to_tell_answers_apart(call, tiny_model, method):
     )
     assert code == 0 and "checkpoint-3" in out, err
     assert metrics(folder)["after"] == found["after"]
+
+
+def test_a_reward_adapter_merges_with_its_head(call, tiny_model, tmp_path):
+    more = ["--method", "lora", "--trainable", "5%", *RATE]
+    code, _, err, folder = call(*more, command="reward")
+    assert code == 0, err
+    assert main(["merge", str(folder), str(tmp_path / "merged"), "--dtype", "float32"]) == 0
+    auto, ids = AutoModelForSequenceClassification, torch.arange(8)[None]
+    base = auto.from_pretrained(tiny_model, num_labels=1, dtype=torch.float32)
+    wanted = PeftModel.from_pretrained(base, str(folder))(ids).logits
+    merged = auto.from_pretrained(tmp_path / "merged", dtype="auto")(ids).logits
+    assert merged.item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [("method: qlora", "--method qlora must be one of"), ("reference: Copy", "--reference Copy"),
+     ("sync_ref_model: true\nmethod: lora", "--sync_ref_model with --method lora"),
+     ("sync_ref_model: true\nstream_weights: true", "--sync_ref_model with --stream_weights"),
+     ("trainable: 10\nmethod: lora", "the closest that lora comes")],
+)  # fmt: skip
+def test_a_yaml_file_is_checked_as_the_command_line_is(call, tmp_path, line, told):
+    path = tmp_path / "config.yaml"
+    path.write_text(line + "\n")
+    code, _, err, _ = call("--config", path)
+    assert code == 2 and told in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("command", ["sft", "dpo", "reward"])

@@ -4,13 +4,17 @@ import copy
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from chunkft.cli import main
 from chunkft.recipes import rollouts
+from chunkft.recipes.records import Data
+from chunkft.train import adalora
+from chunkft.train.config import ChunkArguments
+from tests.recipes.conftest import metrics, same
 
 STEPS = 4
 REWARDS = """
@@ -24,6 +28,9 @@ def vowels(completions, **_):
 
 def some(completions, **_):
     return [None if i % 2 else 1.0 for i, _ in enumerate(completions)]
+
+async def later(completions, **_):
+    return vowels(completions)
 
 def raises(completions, trainer_state, **_):
     if trainer_state.global_step >= 2:
@@ -73,19 +80,6 @@ def call(tiny_model, tmp_path, capsys, monkeypatch):
 
     call.model = tiny_model
     return call
-
-
-def metrics(folder):
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def weights(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
-
-
-def same(a, b):
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 CHUNK, EXACT = ["--method", "chunk", "--chunks", 2], ["--method", "exact", "--chunks", 2]
@@ -270,3 +264,62 @@ def test_a_reward_model_scores_as_trained(call, tmp_path):
     )
     assert code == 0, err
     assert metrics(folder)["history"][0]["reward_std"] > 0
+
+
+def test_more_answers_a_question_than_an_evaluation_batch(call):
+    """And a reward that is awaited."""
+    more = ["--num_generations", 16, "--per_device_train_batch_size", 16]
+    code, _, err, folder = call(*CHUNK, *more, reward="later")
+    assert code == 0, err
+    assert metrics(folder)["before"]["mean reward"] > 0
+
+
+def test_a_task_is_evaluated_on_the_way(call):
+    code, _, err, _ = call(
+        *CHUNK, "--train_samples", 16, "--score_samples", 4, "--eval_strategy", "steps",
+        "--eval_steps", 2, reward=None, data="reasoning-gym:spell_backward?max_word_len=3",
+    )  # fmt: skip
+    assert code == 0, err
+
+
+def test_a_reward_model_comes_first_as_its_weight_does():
+    script = SimpleNamespace(reward_funcs="math.sqrt", reward_model_name_or_path="judge")
+    job = SimpleNamespace(script=script, chunk=ChunkArguments())
+    model, function = rollouts._rewards(job, Data(None))
+    assert model == "judge" and function.__name__ == "sqrt"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--method", "lora", "--beta", 0.1, "--sync_ref_model"], "--sync_ref_model with --method"),
+        (["--entropy_coef", 0.1], "--entropy_coef"),
+        ([*CHUNK, "--beta", 0.1, "--sync_ref_model", "--stream-weights"], "--stream_weights"),
+    ],
+)
+def test_what_would_not_act_is_refused(call, words, told):
+    code, _, err, _ = call(*words)
+    assert code == 2 and told in err
+
+
+def test_the_penalty_of_adalora_counts_once_a_step(call, monkeypatch):
+    """Whoever divides by the micro-batches: GRPO's loss does, so the penalty must."""
+    seen = {}
+    stock = adalora.AdaLoraTrainer.compute_loss
+
+    def spy(self, model, inputs, *args, **kwargs):
+        monkeypatch.setattr(adalora, "penalty", lambda *_: torch.zeros(()))
+        without = stock(self, model, inputs, *args, **kwargs)
+        monkeypatch.setattr(adalora, "penalty", lambda *_: torch.ones(()))
+        found = stock(self, model, inputs, *args, **kwargs)
+        if self.run is not None and self.model.training:
+            seen.setdefault(type(self).__name__, (found - without).item())
+        return found
+
+    monkeypatch.setattr(adalora.AdaLoraTrainer, "compute_loss", spy)
+    for command in ("grpo", "rloo"):
+        more = ["--method", "adalora", "--gradient_accumulation_steps", 4]
+        code, _, err, _ = call(*more, command=command, out=command)
+        assert code == 0, err
+    # Trainer divides RLOO's
+    assert seen == pytest.approx({"ChunkGRPOTrainer": 0.25, "ChunkRLOOTrainer": 1.0}, abs=1e-6)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
 from chunkft.cli import main
 from chunkft.memory import eight_bit
+from tests.recipes.conftest import same, weights
 
 STEPS = 8
 
@@ -29,15 +30,6 @@ def sft(tiny_model, records, tmp_path, capsys):
 
     call.model = tiny_model
     return call
-
-
-def weights(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
-
-
-def same(a, b):
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_run_trains_everything_and_says_so(sft, tiny_model):
