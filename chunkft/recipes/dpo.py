@@ -24,7 +24,7 @@ from chunkft.models.adapters import METHODS
 from chunkft.models.losses import install_head
 from chunkft.recipes import methods
 from chunkft.recipes.job import Job
-from chunkft.recipes.loading import load, settle, stream_if_need_be
+from chunkft.recipes.loading import computed_in, load, settle, stream_if_need_be
 from chunkft.recipes.records import SAMPLE, Data, check_prompts, load_data
 from chunkft.recipes.run import check, drive, prepare
 from chunkft.train.trainer import ChunkTrainer
@@ -57,8 +57,7 @@ class ChunkDPOTrainer(ChunkTrainer, DPOTrainer):
         seen = self._metrics["train"]
         worst = max(abs(seen[f"rewards/{side}"][-1]) / self.beta for side in ("chosen", "rejected"))
         tokens = inputs["completion_mask"].sum() / len(inputs["completion_mask"])
-        policy: Any = self.model
-        bound = ROUNDING.get(policy.dtype, ROUNDING[torch.float32]) * tokens.item() ** 0.5
+        bound = ROUNDING.get(computed_in(self), ROUNDING[torch.float32]) * tokens.item() ** 0.5
         if worst > bound:
             raise ReferenceMismatchError(
                 f"before the first step policy and reference differ by {worst:.3g} in the "

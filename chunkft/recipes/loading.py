@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import get_quantization_config
@@ -52,6 +53,12 @@ def stream_if_need_be(job: Job, model: PreTrainedModel) -> None:
     job.chunk.stream_weights |= must_stream(job, model, this_computer())
     if job.chunk.stream_weights:
         stream(job, model)
+
+
+def computed_in(trainer: Any) -> torch.dtype:
+    """Of the forward passes: autocast's, where a run has it, else the weights'."""
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return autocast.get(trainer.accelerator.mixed_precision, trainer.model.dtype)
 
 
 def settle(trainer: Any) -> None:

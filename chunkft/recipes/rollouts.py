@@ -27,7 +27,7 @@ from chunkft.models.adapters import METHODS
 from chunkft.models.losses import install_head
 from chunkft.recipes import methods
 from chunkft.recipes.job import Job
-from chunkft.recipes.loading import load, settle, stream_if_need_be
+from chunkft.recipes.loading import computed_in, load, settle, stream_if_need_be
 from chunkft.recipes.records import Data, load_data
 from chunkft.recipes.run import check, drive, prepare
 from chunkft.train.trainer import ChunkTrainer
@@ -50,8 +50,7 @@ class RolloutTrainer(ChunkTrainer):
         kl = self._metrics["train"].get("kl") if first and self.beta else None
         config = getattr(self.model, "active_peft_config", None)
         if kl and not getattr(config, "is_prompt_learning", False):
-            policy: Any = self.model
-            bound = ROUNDING.get(policy.dtype, ROUNDING[torch.float32])
+            bound = ROUNDING.get(computed_in(self), ROUNDING[torch.float32])
             if not abs(kl[0]) <= bound:
                 raise ReferenceMismatchError(
                     f"before the first step the KL from the reference is {kl[0]:.3g}, not 0 (bound "

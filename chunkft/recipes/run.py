@@ -1,5 +1,6 @@
 """The life of a run, whatever it trains: prepared, judged, trained, judged again, reported."""
 
+import os
 import shlex
 import signal
 from pathlib import Path
@@ -71,8 +72,11 @@ def check(job: Job) -> None:
     args.prediction_loss_only = True
     if "report_to" not in job.given:
         args.report_to = []
-    if "bf16" not in job.given and job.model.dtype != "float32":
-        args.bf16 = False  # the weights are 16-bit: autocast would only add casts
+    in_16_bits = job.model.dtype != "float32" and job.chunk.method not in METHODS
+    if "bf16" not in job.given and in_16_bits:  # autocast would only add casts
+        args.bf16 = False
+        # what accelerate reads was made of `bf16` when the settings were parsed
+        args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def drive(
