@@ -36,7 +36,8 @@ from chunkft.memory.budget import DEVICES, card_peaks
 from chunkft.memory.plan import Choice, Limits
 from chunkft.memory.streaming import WeightStream, stream_weights
 from chunkft.models.shapes import config_of
-from chunkft.recipes.planning import Workload, checkpoint_layers, plan
+from chunkft.recipes.planning import plan
+from chunkft.recipes.trial import Workload, checkpoint_layers
 
 RATE = 1e-5
 RULE: dict[str, Any] = {"lr": RATE, "fused": True, "weight_decay": 0.0}

@@ -11,7 +11,8 @@ from chunkft.core.store import GIB
 from chunkft.memory.budget import DEVICES
 from chunkft.memory.plan import Choice, DoesNotFitError, Limits
 from chunkft.models.shapes import config_of
-from chunkft.recipes.planning import Workload, plan
+from chunkft.recipes.planning import plan
+from chunkft.recipes.trial import Workload
 
 # model, card, rows, tokens, GiB for tensors if less than the card has, method; `disk` after it
 # rests state there, and weights too where they are streamed

@@ -155,11 +155,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _quiet() -> None:
-    """Silence two messages that no user of this command can do anything about."""
+    """Silence messages that no user of this command can do anything about."""
     # an optional kernel for 4-bit weights on CPUs
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # TRL's own default still has the old name
-    warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
+    # TRL's own default, and PEFT, still have the old name
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
 
 
 def _recipe(command: str, words: list[str]) -> int:
@@ -219,6 +219,12 @@ def _plan(words: list[str]) -> int:
         "--resident-layers", type=int, default=0, help="that stay beside streamed weights [0]"
     )
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument(
+        "--recipe",
+        choices=["rlhf-24gb"],
+        help="of chunkft grpo and rloo: the plans of its variants side by side, for --seq tokens "
+        "of prompt and answer [256]",
+    )
     parser.add_argument("--json", action="store_true", help="print the plan for programs")
     options = parser.parse_args(words)
     from chunkft.recipes import planning
@@ -265,10 +271,6 @@ def parse_job(command: str, words: Sequence[str]) -> Any:
     Raises:
         InputError: an unknown or malformed flag, or a config file that cannot be read.
     """
-    import yaml
-
-    from chunkft.recipes.job import Job
-
     words = [part for word in words for part in _normal(word)]
     # a bare flag goes on with the newest checkpoint
     for i, word in enumerate(words):
@@ -276,11 +278,24 @@ def parse_job(command: str, words: Sequence[str]) -> Any:
         if word == "--resume_from_checkpoint" and bare:
             words.insert(i + 1, "last")
             break
+    if "output_dir" not in _given(words):
+        words += ["--output_dir", f"runs/{command}"]
+    job = _parsed(command, words)
+    if job.chunk.recipe is not None:
+        from chunkft.recipes import presets
+
+        job = _parsed(command, presets.words(job, command) + words)
+    return job
+
+
+def _parsed(command: str, words: list[str]) -> Any:
+    import yaml
+
+    from chunkft.recipes.job import Job
+
     parser = _recipe_parser(command)
     try:
         given = _given(words)
-        if "output_dir" not in given:
-            words += ["--output_dir", f"runs/{command}"]
         script, training, model, mixture, chunk = parser.parse_args_and_config(
             words, fail_with_unknown_args=True
         )

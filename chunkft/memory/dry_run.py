@@ -8,10 +8,11 @@ position has a label.
 
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -34,7 +35,15 @@ aten: Any = torch.ops.aten
 
 
 class _Answers(TorchDispatchMode):
-    """What operations say whose result depends on the data."""
+    """What operations say whose result depends on the data.
+
+    Args:
+        labels: how many positions of a mask of this shape have a label, where that is not all.
+    """
+
+    def __init__(self, labels: Mapping[tuple[int, ...], int]):
+        super().__init__()
+        self.labels = labels
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -48,27 +57,31 @@ class _Answers(TorchDispatchMode):
             rows = args[0].numel() if torch.is_grad_enabled() else 0
             return args[0].new_empty((rows, args[0].dim()), dtype=torch.long)
         if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
-            args = (args[0], [p for i in args[1] for p in _positions(i)], *args[2:])
+            args = (args[0], [p for i in args[1] for p in self._positions(i)], *args[2:])
         result = func(*args, **(kwargs or {}))
         if func is aten.any.default:
             result.answer = False  # `while any of them is out of range: draw anew` must end
         return result
 
-
-def _positions(index: Tensor | None) -> list[Tensor | None]:
-    """A mask as the positions, one tensor a dimension, of all that it covers."""
-    if index is None or index.dtype != torch.bool:
-        return [index]
-    return [index.new_empty(index.numel(), dtype=torch.long) for _ in range(index.dim())]
+    def _positions(self, index: Tensor | None) -> list[Tensor | None]:
+        """A mask as the positions, one tensor a dimension, of all that it covers."""
+        if index is None or index.dtype != torch.bool:
+            return [index]
+        count = self.labels.get(tuple(index.shape), index.numel())
+        return [index.new_empty(count, dtype=torch.long) for _ in range(index.dim())]
 
 
 @contextmanager
-def fake() -> Generator[None]:
-    """Tensors made within have no memory."""
+def fake(labels: Mapping[tuple[int, ...], int] | None = None) -> Generator[None]:
+    """Tensors made within have no memory.
+
+    Args:
+        labels: as of `_Answers`.
+    """
     with warnings.catch_warnings():
         # addresses are compared by the working set, and equal ones are what it wants to see
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        with FakeTensorMode(allow_non_fake_inputs=True), _Answers():
+        with FakeTensorMode(allow_non_fake_inputs=True), _Answers(labels or {}):
             yield
 
 
@@ -97,6 +110,18 @@ def as_fake(module: nn.Module) -> nn.Module:
     return module
 
 
+def counting_flops() -> FlopCounterMode:
+    """torch's counter, which knows bitsandbytes' product with 4-bit weights too."""
+    mapping = {}
+    if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):  # where it has been imported
+        mapping[torch.ops.bitsandbytes.gemm_4bit] = _flops_4bit
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+def _flops_4bit(a: Any, packed: Any, shape: Any, *_: Any, **__: Any) -> int:
+    return 2 * prod(a[:-1]) * prod(shape)
+
+
 @dataclass(frozen=True)
 class DryRun:
     """What steps on some chunks take."""
@@ -121,6 +146,8 @@ class DryRun:
     """Bytes of streamed weights that are brought to the device in a step."""
     units: int = 0
     """Layers, and embedding, that visit the device."""
+    read: int = 0
+    """Bytes of weights that are read for tokens written one after another."""
 
     @property
     def highest(self) -> dict[str, int]:
@@ -139,6 +166,7 @@ def dry_run(
     chunks: Iterable[int] = (0,),
     vocabulary: int | None = None,
     offload: bool = False,
+    beside: Sequence[nn.Module] = (),
 ) -> DryRun:
     """Take steps on `chunks` as they are in a later cycle; to be called within `fake()`.
 
@@ -146,29 +174,29 @@ def dry_run(
         backward: the forward and backward passes of one optimizer step.
         vocabulary: width of the logits.
         offload: inputs of checkpointed layers wait on the host.
+        beside: other models on the device; their weights are streamed if the model's are.
     """
     away = _Away()
     if offload:
         away.attach(model)
-    stream = residence_of(model)
-    assert stream is None or isinstance(stream, WeightStream)
+    streams = [s for m in (model, *beside) if isinstance(s := residence_of(m), WeightStream)]
     copied = 0
     chunks = [0] if optimizer.exact else list(chunks)
     found: list[Measured] = []
     flops: list[int] = []
     for k in chunks:
         _visit(optimizer, k)
-        with FlopCounterMode(display=False) as counter:  # it takes some operations apart
+        with counting_flops() as counter:  # it takes some operations apart
             backward()
         optimizer.step()
         # back to the same chunk, whose state comes from the store now
         _visit(optimizer, k)
-        meter = Meter(model, optimizer, vocabulary)
-        before = stream.arena.copied if stream else 0
+        meter = Meter(model, optimizer, vocabulary, beside)
+        before = sum(stream.arena.copied for stream in streams)
         with meter:
             backward()
             optimizer.step()
-        copied = max(copied, stream.arena.copied - before if stream else 0)
+        copied = max(copied, sum(stream.arena.copied for stream in streams) - before)
         found.append(meter.measured())
         flops.append(counter.get_total_flops())
     sizes = optimizer.partition.sizes()
@@ -178,10 +206,10 @@ def dry_run(
         resting = _resting(optimizer) * sum(sizes) / sum(sizes[k] for k in set(chunks))
         if len(sizes) == 1 and not optimizer.store.block:  # it never rests
             resting = 0.0
-    units = stream.units if stream else []
-    homes = sum(unit.nbytes for unit in units)
+    homes = sum(unit.nbytes for stream in streams for unit in stream.units)
+    units = len(streams[0].units) if streams else 0
     counted = max(sizes), sum(sizes), _at_once(optimizer)
-    return DryRun(found, flops, resting, *counted, away.most, homes, copied, len(units))
+    return DryRun(found, flops, resting, *counted, away.most, homes, copied, units)
 
 
 def _at_once(optimizer: ChunkedOptimizer) -> int:

@@ -23,6 +23,7 @@ counted as activation or workspace until then gets it from its beginning.
 
 import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -94,13 +95,19 @@ class Meter(TorchDispatchMode):
         optimizer: a ChunkedOptimizer, or any other of torch: then gradients are those of its
             parameters, and a parameter that is none of the model's is a master.
         vocabulary: width of the logits; None counts them as activations.
+        beside: other models on the device, such as a reference.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, vocabulary: int | None = None
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        vocabulary: int | None = None,
+        beside: Sequence[nn.Module] = (),
     ):
         super().__init__()
         self.model, self.optimizer, self.vocabulary = model, optimizer, vocabulary
+        self.beside = beside
         self._known: dict[int, _Storage] = {}
         self._kinds: dict[int, str] = {}  # at first
         self._now: dict[int, str] = {}
@@ -110,16 +117,8 @@ class Meter(TorchDispatchMode):
         self._handles: list[Any] = []
 
     def __enter__(self) -> "Meter":
-        stream = residence_of(self.model)
-        if stream is not None:
-            stream.settle()
-            for tensor in stream.tensors():
-                self._see(tensor, "weights")
-        for parameter in self.model.parameters():
-            home = None if stream is None else stream.home(parameter)
-            self._see(parameter, "weights" if home is None else RESTING)
-        for tensor in self.model.buffers():
-            self._see(tensor, "weights")
+        for model in (self.model, *self.beside):
+            self._see_weights(model)
         self._look()
         rule = self.optimizer.rule if isinstance(self.optimizer, ChunkedOptimizer) else None
         for optimizer in [self.optimizer] if rule is None else [self.optimizer, rule]:
@@ -144,6 +143,20 @@ class Meter(TorchDispatchMode):
             for tensor in plain(value) if isinstance(value, Tensor) else ():
                 self._see(tensor, self._passing(tensor))
         return result
+
+    def _see_weights(self, model: nn.Module) -> None:
+        stream = residence_of(model)
+        if stream is not None:
+            stream.settle()
+            for tensor in stream.tensors():
+                self._see(tensor, "weights")
+        for parameter in model.parameters():
+            home = None if stream is None else stream.home(parameter)
+            self._see(parameter, "weights" if home is None else RESTING)
+            for tensor in scales_of(parameter):
+                self._see(tensor, "weights")
+        for tensor in model.buffers():
+            self._see(tensor, "weights")
 
     def _passing(self, tensor: Tensor) -> str:
         if self._stepping:
@@ -219,6 +232,15 @@ class Meter(TorchDispatchMode):
             if (i + 1) % every == 0 or i + 1 == len(self._events):
                 timeline.append(fullest)
         return Measured(peak, {k: highest[k] for k in KINDS}, highest[RESTING], timeline)
+
+
+def scales_of(parameter: nn.Parameter) -> list[Tensor]:
+    """What bitsandbytes keeps beside a weight of 4 bits: an fp32 number for each 64 of them."""
+    found, state = list[Tensor](), getattr(parameter, "quant_state", None)
+    while state is not None:  # nested ones have scales of scales
+        found += [value for value in vars(state).values() if isinstance(value, Tensor)]
+        state = state.state2
+    return found
 
 
 def holdings(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, list[Tensor]]:

@@ -9,7 +9,8 @@ stays. The settings chosen are run dry themselves before anything is promised.
              offloaded inputs
     disk     the same two where the store is a directory
     seconds  at least the largest of: FLOPs / device's FLOPs a second, bytes over the bus / bus,
-             bytes moved in host memory / its bandwidth
+             bytes moved in host memory / its bandwidth, weights read for each token that is
+             written / the device's bandwidth
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -86,7 +87,7 @@ class Plan:
     host: int
     disk: int
     seconds: dict[str, float]
-    """Lower bounds of one optimizer step: flop, bus, host."""
+    """Lower bounds of one optimizer step: flop, bus, host; memory, where tokens are written."""
     memory: int
     """What was given, in bytes."""
     homes: int = 0
@@ -318,6 +319,8 @@ def _predict(choice: Choice, tried: DryRun, at: Choice, limits: Limits, device: 
     moved = 0 if choice.store == "device" else moved
     moved += 2 * tried.offloaded + tried.copied
     seconds = {"flop": sum(tried.flops) / len(tried.flops) / device.flops}
+    if tried.read:
+        seconds["memory"] = tried.read / device.bandwidth
     seconds["bus"] = 0.0 if on_host else moved / device.bus
     seconds["host"] = moved / (device.bandwidth if on_host else HOST_BANDWIDTH)
     host += sum(peak.values()) if on_host else 0

@@ -151,7 +151,9 @@ def head_log_probs(
         if own.rule != "stock":  # then autograd sums a tied weight's two uses, and the hook moves
             start, leaves = own.start, own.leaves
     hidden, cast = cast_for_autocast(hidden, weight.detach())
-    found: Any = HeadLogProbs.apply(hidden, cast, labels, start, temperature, more, *leaves)
+    # or the sums over the vocabulary would be made in 16 bits
+    with torch.autocast(hidden.device.type, enabled=False):
+        found: Any = HeadLogProbs.apply(hidden, cast, labels, start, temperature, more, *leaves)
     return found if more else found[:3]
 
 

@@ -49,6 +49,8 @@ def build_chunks(
         planned_so = job.chunk.stream_weights, job.chunk.resident_layers
         if job.chunk.stream_weights and planned_so != as_it_is:
             stream(job, model)
+            if (reference := getattr(trainer, "ref_model", None)) is not None:
+                stream(job, reference)
     if "learning_rate" not in job.given:
         args.learning_rate = _learning_rate(job, rotation)
     if kept and kept.learning_rate is not None:

@@ -106,7 +106,7 @@ def _reference(job: Job, model: PreTrainedModel) -> PreTrainedModel | None:
             "computed before training needs no copy; leave one of them out"
         )
     reference = copy.deepcopy(model).eval().requires_grad_(False)
-    stream_if_need_be(job, reference)
+    stream_if_need_be(job, reference, copies=2)
     return reference
 
 

@@ -2,9 +2,11 @@
 
 import inspect
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from datasets import Dataset
+from peft import PeftModel
 from transformers import Trainer
 
 from chunkft.core.exact import ELEMENTWISE
@@ -14,15 +16,21 @@ from chunkft.memory.budget import Device, installed, parse_bytes, this_computer
 from chunkft.memory.plan import Choice, Limits, Plan
 from chunkft.models.attention import NAME as VARLEN
 from chunkft.recipes.job import Job
-from chunkft.recipes.planning import OFFLOAD, Workload, plan
+from chunkft.recipes.planning import OFFLOAD, plan
+from chunkft.recipes.records import prompt_lengths
+from chunkft.recipes.trial import Answers, Workload
 from chunkft.train.config import CHECKPOINTING, Rotation, choose_rotation
 
 
-def must_stream(job: Job, model: Any, device: Device) -> bool:
-    """Whether the weights alone have no room on a card: then they never go there as a whole."""
+def must_stream(job: Job, model: Any, device: Device, copies: int = 1) -> bool:
+    """Whether the weights alone have no room on a card: then they never go there as a whole.
+
+    Args:
+        copies: of the model; 2 where a reference is one.
+    """
     if job.chunk.memory is None or not _may_stream(job) or device.bus == 0:
         return False
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    size = copies * sum(p.numel() * p.element_size() for p in model.parameters())
     return size > parse_bytes(job.chunk.memory)
 
 
@@ -42,10 +50,6 @@ def fit(
     """
     args, settings = trainer.args, job.chunk
     model: Any = trainer.model
-    if getattr(trainer, "ref_model", None) is not None:
-        raise InputError(
-            "--memory with a copy as reference, which the plan does not know; leave one of them out"
-        )
     load = _load(job, trainer, model)
     method = settings.method if load.adapter is None else "full"  # all at once
     free: list[str] = []
@@ -128,43 +132,67 @@ def _load(job: Job, trainer: Trainer, model: Any) -> Workload:
     Raises:
         InputError: of what trains here the plan knows nothing.
     """
-    args = trainer.args
-    if job.chunk.quantize:
-        raise InputError(
-            f"--memory with --quantize {job.chunk.quantize}: the plan knows weights of 16 and 32 "
-            f"bits; leave one of them out"
-        )
-    longest, pairs = _longest(job, trainer)
+    args, shape = trainer.args, _shape(job, trainer)
     rule, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
     attention = model.config._attn_implementation or "sdpa"
     unpadded = attention == VARLEN and getattr(trainer.data_collator, "padding_free", False)
     return Workload(
-        seq=longest,
-        batch=args.per_device_train_batch_size * (2 if pairs else 1),
+        seq=shape.longest,
+        batch=args.per_device_train_batch_size * (2 if shape.pairs else 1),
         accumulation=min(args.gradient_accumulation_steps, 2),  # from the second on all is alike
         dtype=next(p.dtype for p in model.parameters() if p.is_floating_point()),
         rule=rule if isinstance(rule, type) else torch.optim.AdamW,
         kwargs=kwargs,
         attention=attention,
         # a row alone is never padded
-        masked=pairs
+        masked=shape.pairs
+        or shape.answers is not None
         or args.per_device_train_batch_size > 1
         or bool(getattr(args, "packing", False)),
         unpadded=unpadded,
         adapter=getattr(model, "active_peft_config", None),
+        autocast=torch.bfloat16 if trainer.accelerator.mixed_precision == "bf16" else None,
+        quantize=getattr(model.config, "quantization_config", None),
+        answers=shape.answers,
+        reference=_reference(trainer),
     )
 
 
-def _longest(job: Job, trainer: Trainer) -> tuple[int, bool]:
-    """Tokens of the longest row, and whether each record makes two: chosen and rejected."""
-    rows: Any = trainer.train_dataset
+class _Shape(NamedTuple):
+    """Of the data's longest rows."""
+
+    longest: int
+    """Tokens."""
+    pairs: bool = False
+    """Each record makes two: chosen and rejected."""
+    answers: Answers | None = None
+
+
+def _shape(job: Job, trainer: Trainer) -> _Shape:
+    rows, args = trainer.train_dataset, job.training
+    assert isinstance(rows, Dataset)
     if "input_ids" in rows.column_names:
-        return max(map(len, rows["input_ids"])), False
-    if not {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(rows.column_names):
-        raise InputError(
-            f"--memory with {type(trainer).__name__}: the plan knows sft and dpo; leave it out"
-        )
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    lengths = zip(*(map(len, rows[name]) for name in names), strict=True)
-    longest = max(prompt + max(answers) for prompt, *answers in lengths)
-    return min(longest, job.training.max_length or longest), True
+        return _Shape(max(map(len, rows["input_ids"])))
+    if {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(rows.column_names):
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        lengths = zip(*(map(len, rows[name]) for name in names), strict=True)
+        longest = max(prompt + max(answers) for prompt, *answers in lengths)
+        return _Shape(min(longest, args.max_length or longest), pairs=True)
+    if hasattr(args, "max_completion_length") and "prompt" in rows.column_names:
+        at_once = args.per_device_train_batch_size * args.steps_per_generation
+        answers = Answers(at_once, args.max_completion_length)
+        longest = max(prompt_lengths(rows, trainer.processing_class))
+        return _Shape(longest + answers.tokens, answers=answers)
+    raise InputError(
+        f"--memory with {type(trainer).__name__}: the plan knows sft, dpo, grpo and rloo; leave it "
+        f"out"
+    )
+
+
+def _reference(trainer: Any) -> str:
+    """Where the reference's numbers come from in a step."""
+    if getattr(trainer, "ref_model", None) is not None:
+        return "copy"
+    asked = getattr(trainer.args, "beta", 0.0) != 0.0
+    made = getattr(trainer.args, "precompute_ref_log_probs", False)
+    return "off" if asked and not made and isinstance(trainer.model, PeftModel) else ""

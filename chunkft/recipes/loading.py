@@ -48,9 +48,13 @@ def load(job: Job, auto: Any = AutoModelForCausalLM, **more: Any) -> tuple[PreTr
     )
 
 
-def stream_if_need_be(job: Job, model: PreTrainedModel) -> None:
-    """Let weights rest away from the device where that was asked for, or they have no room."""
-    job.chunk.stream_weights |= must_stream(job, model, this_computer())
+def stream_if_need_be(job: Job, model: PreTrainedModel, copies: int = 1) -> None:
+    """Let weights rest away from the device where that was asked for, or they have no room.
+
+    Args:
+        copies: of the model that there are in all.
+    """
+    job.chunk.stream_weights |= must_stream(job, model, this_computer(), copies)
     if job.chunk.stream_weights:
         stream(job, model)
 
@@ -58,7 +62,8 @@ def stream_if_need_be(job: Job, model: PreTrainedModel) -> None:
 def computed_in(trainer: Any) -> torch.dtype:
     """Of the forward passes: autocast's, where a run has it, else the weights'."""
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return autocast.get(trainer.accelerator.mixed_precision, trainer.model.dtype)
+    own: torch.dtype = trainer.model.dtype
+    return autocast.get(trainer.accelerator.mixed_precision, own)
 
 
 def settle(trainer: Any) -> None:

@@ -1,137 +1,30 @@
 """`chunkft plan`: what fine-tuning a model takes, from its config alone.
 
-config -> the model on fake tensors -> dry runs (memory/dry_run.py) -> plan (memory/plan.py)
+config -> the model on fake tensors (trial.py) -> dry runs (memory/dry_run.py) -> plan
+(memory/plan.py)
 """
 
 import argparse
-import copy
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
-from chunkft.core.optimizer import ChunkedOptimizer
-from chunkft.core.store import GIB, Store
-from chunkft.errors import InputError, as_input_error
+from chunkft.core.store import GIB
+from chunkft.errors import InputError
 from chunkft.memory.budget import DEVICES, Device, device_of, parse_bytes, smallest_of
-from chunkft.memory.dry_run import DryRun, as_fake, dry_run, fake, real
 from chunkft.memory.eight_bit import EightBitMoments
 from chunkft.memory.plan import Choice, DoesNotFitError, Limits, Plan, make_plan
-from chunkft.memory.streaming import stream_weights
-from chunkft.models.losses import install_head, is_plain_head
 from chunkft.models.shapes import config_of
+from chunkft.recipes.trial import Workload, trial_of
 from chunkft.train.config import FEWEST_CHUNKS
 
 # transformers' own: inputs of checkpointed layers in page-locked memory until backward
 OFFLOAD = {"offload": True}
 SEQ = 1024  # tokens of a row, as TRL's max_length
 FREE = ("chunks", "checkpointing", "offload", "block", "stream_weights")
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One micro-batch, and the optimizer."""
-
-    seq: int = 1024
-    """Tokens of a row."""
-    batch: int = 1
-    """Rows."""
-    accumulation: int = 1
-    """Micro-batches of an optimizer step."""
-    dtype: torch.dtype = torch.bfloat16
-    rule: type[torch.optim.Optimizer] = torch.optim.AdamW
-    kwargs: dict[str, Any] | None = None
-    """Of the rule."""
-    attention: str = "sdpa"
-    masked: bool = False
-    """Rows are padded or packed, so that attention needs a mask of batch x seq x seq."""
-    unpadded: bool = False
-    """Rows go end to end, each attending to itself (models/attention.py)."""
-    adapter: Any = None
-    """PEFT's configuration, where an adapter trains and the weights do not."""
-
-
-class _Host(Store):
-    """Where a dry run puts what rests beside a card: fake tensors are all on the CPU."""
-
-    def room(self, key: str, like: torch.Tensor) -> torch.Tensor:
-        self._rooms[key] = torch.empty_like(like)
-        return self._rooms[key]
-
-
-def checkpoint_layers(model: Any) -> None:
-    """Recompute layers in backward; transformers before 5.23 has the older name only."""
-    newer = getattr(model, "activation_checkpointing_enable", None)
-    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-def adapted(model: Any, config: Any) -> Any:
-    """A fake model with an adapter around it, fake too; made of real tensors, which PEFT casts."""
-    config = copy.deepcopy(config)
-    if getattr(config, "init_lora_weights", True) not in (True, False):
-        config.init_lora_weights = True  # the others decompose weights, which are not there
-    from chunkft.models.adapters import attach  # PEFT is not needed for any other plan
-
-    with real():
-        wrapped = attach(model, config)
-    return as_fake(wrapped)
-
-
-def trial_of(config: PretrainedConfig, load: Workload, on_host: bool) -> Callable[[Choice], DryRun]:
-    """A dry run of the model of `config` under a choice of settings."""
-
-    # real: transformers leaves the mask out where it sees none masked, and it sees no fake values
-    seen = None if load.masked else torch.ones(load.batch, load.seq, dtype=torch.bool)
-
-    def trial(choice: Choice) -> DryRun:
-        with fake(), as_input_error(f"a dry run of {type(config).__name__}"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=load.dtype, attn_implementation=load.attention
-            ).train()
-            base: Any = model
-            if load.adapter is not None:
-                model = adapted(model, load.adapter)
-            if choice.checkpointing:
-                checkpoint_layers(base)
-            if choice.stream_weights:
-                stream_weights(model, resident=choice.resident_layers)
-            settings: dict[str, Any] = {"chunks": choice.chunks, "exact": choice.method == "exact"}
-            if choice.method != "exact":
-                settings |= {"interval": choice.interval, "layout": choice.layout}
-            codec = EightBitMoments() if choice.state_bits == 8 else None
-            kept = Store if on_host else _Host
-            store = kept(codec=codec, block=choice.block)
-            settings |= {"store": store, "max_grad_norm": 1.0}
-            optimizer = ChunkedOptimizer(
-                model, load.rule, **settings, **(load.kwargs or {"lr": 1e-5})
-            )
-            install_head(base)
-            ids = torch.zeros(load.batch, load.seq, dtype=torch.long)
-            more: dict[str, Any] = {"fused_lm_head": True} if is_plain_head(base) else {}
-            more["attention_mask"] = seen
-            if load.unpadded:
-                ids = ids.view(1, -1)
-                ends = list(range(0, ids.numel() + 1, load.seq))
-                positions = torch.arange(load.seq).repeat(load.batch)[None]
-                more |= {"attention_mask": None, "position_ids": positions, "cu_seq_lens_q": ends}
-
-            def backward() -> None:
-                for _ in range(load.accumulation):
-                    loss = model(input_ids=ids, labels=ids, **more, use_cache=False).loss
-                    (loss / load.accumulation).backward()
-
-            last = len(optimizer.partition) - 1
-            # embedding and head are in the outer ones; streamed weights have leaves of their own,
-            # most of them where both this chunk and the next are inside layers
-            inside = {last // 2} if choice.stream_weights else set[int]()
-            chunks = [0] if choice.layout == "spread" else sorted({0, last} | inside)
-            width = config.get_text_config().vocab_size
-            return dry_run(model, optimizer, backward, chunks, width, choice.offload)
-
-    return trial
 
 
 def run(options: argparse.Namespace) -> int:
@@ -153,6 +46,11 @@ def run(options: argparse.Namespace) -> int:
         parse_bytes(options.host_memory) if options.host_memory else None,
         parse_bytes(options.disk) if options.disk else None,
     )
+    if options.recipe:
+        from chunkft.recipes import presets  # it takes PEFT and bitsandbytes
+
+        config, seq = config_of(options.model), options.seq or 2 * presets.TOKENS
+        return presets.show(options.model, config, limits, device, seq, options.json)
     rows = None
     if options.dataset_name:
         rows = _padding().measure(options, options.seq or SEQ)

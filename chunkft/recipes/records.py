@@ -100,14 +100,8 @@ def check_raw(records: Any, tokenizer: Any, args: SFTConfig) -> None:
                 raise
 
 
-def check_prompts(records: Any, tokenizer: Any, max_length: int | None) -> None:
-    """Say how many preferences TRL will leave out: their prompt alone fills `max_length`.
-
-    Raises:
-        InputError: none is left.
-    """
-    if max_length is None or "prompt" not in records.column_names:
-        return
+def prompt_lengths(records: Any, tokenizer: Any) -> list[int]:
+    """Tokens of each record's prompt, with what asks for an answer."""
 
     def tokens(record: dict[str, Any]) -> dict[str, int]:
         prompt = record["prompt"]
@@ -119,7 +113,18 @@ def check_prompts(records: Any, tokenizer: Any, max_length: int | None) -> None:
             made = tokenizer(prompt)["input_ids"]
         return {"length": len(made)}
 
-    lengths = records.map(tokens, desc="measuring prompts")["length"]
+    return records.map(tokens, desc="measuring prompts")["length"]
+
+
+def check_prompts(records: Any, tokenizer: Any, max_length: int | None) -> None:
+    """Say how many preferences TRL will leave out: their prompt alone fills `max_length`.
+
+    Raises:
+        InputError: none is left.
+    """
+    if max_length is None or "prompt" not in records.column_names:
+        return
+    lengths = prompt_lengths(records, tokenizer)
     over = sum(length >= max_length for length in lengths)
     if over == len(records):
         raise InputError(

@@ -118,7 +118,7 @@ def _reference(job: Job, model: PreTrainedModel) -> PreTrainedModel | None:
     if args.sync_ref_model and job.chunk.stream_weights:
         raise InputError("--sync_ref_model with --stream_weights: leave one of them out")
     reference = copy.deepcopy(model).eval().requires_grad_(False)
-    stream_if_need_be(job, reference)
+    stream_if_need_be(job, reference, copies=2)
     return reference
 
 

@@ -108,7 +108,10 @@ def drive(
     if config_of(trained):  # before the one that seals what this one writes
         trainer.add_callback(AdaLoraCallback(trained, out, found))
     watch(trainer, watching, saves)
-    meter = MeterCallback(trained, optimizer, model.config.get_text_config().vocab_size)
+    reference: Any = getattr(trainer, "ref_model", None)
+    beside = [] if reference is None else [reference]
+    width = model.config.get_text_config().vocab_size
+    meter = MeterCallback(trained, optimizer, width, beside)
     trainer.add_callback(meter)
     undo_head = install_head(model, temperature, more)
     with as_input_error("the first forward passes"):
@@ -171,7 +174,8 @@ def _settings(job: Job, optimizer: ChunkedOptimizer, model: Any) -> dict[str, An
         }
     for name in ("store", "state_bits", "state_block", "stream_weights", "resident_layers"):
         chunks[name] = getattr(job.chunk, name)
-    return {
+    recipe = {"recipe": job.chunk.recipe} if job.chunk.recipe else {}
+    return recipe | {
         "model": model_of(job),
         "dtype": job.model.dtype,
         "data": [d.path or d.data_files for d in job.mixture.datasets] or job.script.dataset_name,

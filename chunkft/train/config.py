@@ -41,6 +41,13 @@ def setting(default: Any, text: str, **more: Any) -> Any:
 class ChunkArguments:
     """Flags of `chunkft sft` beside TRL's own."""
 
+    recipe: str | None = setting(
+        None,
+        "Of grpo and rloo: settings under one name, each of which gives way to its own flag. "
+        "rlhf-24gb: a 20B model on a card of 24 GB, with an adapter on 4-bit weights, or with "
+        "--method chunk on streamed ones; a KL coefficient above 0.",
+        choices=["rlhf-24gb"],
+    )
     method: str = setting(
         "chunk",
         "chunk: train all parameters, one chunk at a time. exact: all chunks in every step, one "

@@ -1,5 +1,6 @@
 """The meter in a run: two steps are metered, after every chunk has state, and held to the plan."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,14 @@ SMALL = 2**20  # bytes; less than this above the plan is nobody's trouble
 class MeterCallback(TrainerCallback):
     """Meters `METERED` steps of the second cycle, or of a dense run."""
 
-    def __init__(self, model: nn.Module, optimizer: ChunkedOptimizer, vocabulary: int):
-        self.meter = Meter(model, optimizer, vocabulary)
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: ChunkedOptimizer,
+        vocabulary: int,
+        beside: Sequence[nn.Module] = (),
+    ):
+        self.meter = Meter(model, optimizer, vocabulary, beside)
         self.optimizer = optimizer
         self.measured: Measured | None = None
         self._first = self._taken = 0

@@ -20,7 +20,7 @@ from chunkft.models.attention import NAME, register
 from chunkft.models.load import load_model
 from chunkft.models.losses import install_head
 from chunkft.models.shapes import KNOWN, config_of
-from chunkft.recipes.planning import Workload, checkpoint_layers, trial_of
+from chunkft.recipes.trial import Workload, checkpoint_layers, trial_of
 
 SMOLLM2 = [
     Choice("chunk", 4, layout="stream"),
