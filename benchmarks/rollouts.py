@@ -35,7 +35,7 @@ GRPO += ["--warmup_steps", "4", "--logging_steps", "1"]
 # of those tried (LOG.md)
 METHODS = {
     "lora": ["--method", "lora", "--learning_rate", "3e-4"],
-    "chunk": ["--method", "chunk", "--chunks", "8", "--learning_rate", "1e-4"],
+    "chunk": ["--method", "chunk", "--chunks", "8", "--learning_rate", "1.5e-4"],
 }
 
 

@@ -296,6 +296,8 @@ def _parsed(command: str, words: list[str]) -> Any:
     parser = _recipe_parser(command)
     try:
         given = _given(words)
+        if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+            given.add("bf16")  # `accelerate launch --mixed_precision`
         script, training, model, mixture, chunk = parser.parse_args_and_config(
             words, fail_with_unknown_args=True
         )

@@ -1,6 +1,5 @@
 """The life of a run, whatever it trains: prepared, judged, trained, judged again, reported."""
 
-import os
 import shlex
 import signal
 from pathlib import Path
@@ -76,7 +75,7 @@ def check(job: Job) -> None:
     if "bf16" not in job.given and in_16_bits:  # autocast would only add casts
         args.bf16 = False
         # what accelerate reads was made of `bf16` when the settings were parsed
-        args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        args.mixed_precision = "no"
 
 
 def drive(
@@ -108,10 +107,7 @@ def drive(
     if config_of(trained):  # before the one that seals what this one writes
         trainer.add_callback(AdaLoraCallback(trained, out, found))
     watch(trainer, watching, saves)
-    reference: Any = getattr(trainer, "ref_model", None)
-    beside = [] if reference is None else [reference]
-    width = model.config.get_text_config().vocab_size
-    meter = MeterCallback(trained, optimizer, width, beside)
+    meter = _meter(trainer, optimizer, model)
     trainer.add_callback(meter)
     undo_head = install_head(model, temperature, more)
     with as_input_error("the first forward passes"):
@@ -161,6 +157,13 @@ def drive(
         trainer.push_to_hub(dataset_name=job.script.dataset_name)
     trainer.end()  # the trackers
     return 0
+
+
+def _meter(trainer: Any, optimizer: ChunkedOptimizer, model: Any) -> MeterCallback:
+    reference = getattr(trainer, "ref_model", None)
+    beside = [] if reference is None else [reference]
+    width = model.config.get_text_config().vocab_size
+    return MeterCallback(trainer.model, optimizer, width, beside)
 
 
 def _settings(job: Job, optimizer: ChunkedOptimizer, model: Any) -> dict[str, Any]:

@@ -78,6 +78,15 @@ def test_values_are_those_of_log_softmax(monkeypatch):
     assert torch.equal(top1, logits.argmax(-1) == labels)
 
 
+def test_sums_over_the_vocabulary_are_in_32_bits_under_autocast():
+    head = torch.nn.Linear(8, VOCABULARY, bias=False).bfloat16()
+    hidden, labels = torch.randn(10, 8).bfloat16(), torch.randint(0, VOCABULARY, (10,))
+    plain = head_log_probs(hidden, head, labels, more=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head_log_probs(hidden, head, labels, more=True)
+    assert all(torch.equal(one, other) for one, other in zip(plain, found, strict=True))
+
+
 @pytest.mark.parametrize("layout", ["stream", "spread"])
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.9])

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
 from chunkft.cli import main
 from chunkft.memory import eight_bit
+from chunkft.models.losses import head_log_probs
 from tests.recipes.conftest import same, weights
 
 STEPS = 8
@@ -198,6 +199,28 @@ def test_records_that_lose_their_whole_completion_are_counted(sft, tmp_path):
     code, out, _, _ = sft("--max_length", 30, data=path)
     assert code == 0
     assert "3 of 12 records have no token to learn within --max_length 30 and are left out" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "on"),
+    [
+        ("", False),  # 16-bit weights and what they make are in one type already
+        ("--bf16 true", True),
+        ("--dtype float32", True),
+        ("--dtype float32 --bf16 false", False),
+        ("--method lora", True),  # of fp32
+    ],
+)
+def test_where_autocast_is(sft, monkeypatch, words, on):
+    seen = set()
+
+    def head(*args, **kwargs):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return head_log_probs(*args, **kwargs)
+
+    monkeypatch.setattr("chunkft.models.losses.head_log_probs", head)
+    code, *_ = sft("--max_steps", 2, *words.split())
+    assert code == 0 and seen == {on}
 
 
 def test_times_cover_the_run_and_steps_are_steps_alone(sft):
