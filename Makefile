@@ -13,10 +13,10 @@ PEERS := .venv/peers.stamp
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow bench bench-speed bench-gpu lint clean
+.PHONY: help setup demo test test-slow bench bench-speed bench-methods bench-gpu lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(SET_UP) ## fill .venv with chunkft (editable), its extras and the tools
 
@@ -34,6 +34,10 @@ bench: $(SET_UP) $(PEERS) ## seconds, bytes and loss against the peers (hours)
 
 bench-speed: $(SET_UP) ## seconds a step and bytes against dense AdamW and LoRA
 	$(BIN)/python -m benchmarks.speed $(ARGS)
+
+bench-methods: $(SET_UP) ## every method after equal seconds; rows without padding (90 minutes)
+	$(BIN)/python -m benchmarks.side_by_side $(ARGS)
+	$(BIN)/python -m benchmarks.packing
 
 # no set-up: torch >= 2.11 and transformers >= 5.17 are enough, and a GPU machine may have no network
 bench-gpu: ## memory and speed on a CUDA device, in 9 minutes (PYTHON=... with torch)

@@ -1,11 +1,12 @@
-"""SFT, then GRPO, of SmolLM2-135M on a verifiable task: does the held-out reward rise?
+"""SFT, then GRPO or DPO, of SmolLM2-135M on a verifiable task: does the held-out reward rise?
 
-    python -m benchmarks.rollouts [--methods lora chunk] [--output FILE] [--work FOLDER]
+    python -m benchmarks.rollouts [--runs grpo-lora ...] [--output FILE] [--work FOLDER]
 
 `chunkft sft` takes a few steps on word reversal, so that some answers are right. From there each
-method takes `chunkft grpo`: the task's own score as reward, KL from where it began. Held-out items
-are answered before and after, greedily and sampled at temperature 1 with the same seed; the
-difference of the mean scores has a paired bootstrap interval over items.
+run takes `chunkft grpo`, with the task's own score as reward, or `chunkft dpo`, right answers
+against those of other questions. Held-out items are answered before and after, greedily and sampled
+at temperature 1 with the same seed; the difference of the mean scores has a paired bootstrap
+interval over items.
 """
 
 import argparse
@@ -32,10 +33,16 @@ GRPO = ["--train_samples", "2000", "--max_steps", "40", "--per_device_train_batc
 GRPO += ["--num_generations", "8", "--max_completion_length", str(TOKENS), "--beta", "0.02"]
 GRPO += ["--temperature", "1.0", "--lr_scheduler_type", "constant_with_warmup"]
 GRPO += ["--warmup_steps", "4", "--logging_steps", "1"]
-# of those tried (LOG.md)
-METHODS = {
-    "lora": ["--method", "lora", "--learning_rate", "3e-4"],
-    "chunk": ["--method", "chunk", "--chunks", "8", "--learning_rate", "1.5e-4"],
+DPO = ["--train_samples", "2000", "--max_steps", "40", "--per_device_train_batch_size", "8"]
+DPO += ["--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "4"]
+DPO += ["--logging_steps", "1"]
+LORA, CHUNK = ["--method", "lora"], ["--method", "chunk", "--chunks", "8"]
+# rates of those tried (LOG.md)
+RUNS = {
+    "grpo-lora": ("grpo", [*GRPO, *LORA, "--learning_rate", "3e-4"]),
+    "grpo-chunk": ("grpo", [*GRPO, *CHUNK, "--learning_rate", "1.5e-4"]),
+    "dpo-lora": ("dpo", [*DPO, *LORA, "--learning_rate", "5e-5"]),
+    "dpo-chunk": ("dpo", [*DPO, *CHUNK, "--learning_rate", "2e-5"]),
 }
 
 
@@ -47,12 +54,13 @@ class Scores(NamedTuple):
 
 
 def run(command: str, folder: Path, *more: str) -> dict[str, Any]:
-    """`chunkft <command>`; returns its metrics."""
+    """`chunkft <command>`; returns its metrics, of a folder that has them without another run."""
     words = [sys.executable, "-m", "chunkft", command, "--dataset_name", TASK]
     words += ["--output_dir", str(folder), "--save_strategy", "no", "--score_samples", "10"]
     words += ["--gradient_checkpointing", "false", "--seed", "7", *more]
-    with (folder.parent / f"{folder.name}.log").open("w") as log:
-        subprocess.run(words, check=True, stdout=log, stderr=subprocess.STDOUT)
+    if not (folder / "metrics.json").exists():
+        with (folder.parent / f"{folder.name}.log").open("w") as log:
+            subprocess.run(words, check=True, stdout=log, stderr=subprocess.STDOUT)
     return json.loads((folder / "metrics.json").read_text())
 
 
@@ -97,13 +105,13 @@ def row(name: str, seconds: float, before: Scores, after: Scores) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--work", type=Path, default=Path("runs/rollouts"))
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     lines = [
-        "# SFT, then GRPO",
+        "# SFT, then GRPO or DPO",
         "",
         f"`python -m benchmarks.rollouts`, {provenance()}.",
         "",
@@ -114,13 +122,12 @@ def main() -> None:
         "|---|---|---|---|---|---|",
     ]
     base = options.work / "sft"
-    if not (base / "metrics.json").exists():
-        run("sft", base, *SFT)
+    run("sft", base, *SFT)
     before = judge(base, base)
-    for name in options.methods:
-        folder = options.work / f"grpo-{name}"
-        found = run("grpo", folder, "--model_name_or_path", str(base), *GRPO, *METHODS[name])
-        lines.append(row(f"GRPO, {name}", found["seconds"], before, judge(folder, base)))
+    for name in options.runs:
+        command, flags = RUNS[name]
+        found = run(command, options.work / name, "--model_name_or_path", str(base), *flags)
+        lines.append(row(name, found["seconds"], before, judge(options.work / name, base)))
         print(lines[-1], flush=True)
     if options.output:
         options.output.write_text("\n".join(lines) + "\n")

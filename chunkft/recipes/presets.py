@@ -38,8 +38,6 @@ SETTINGS: dict[str, Any] = {
     "num_generations": ANSWERS,
     "max_completion_length": TOKENS,
 }
-NOTHING_WITHOUT = "beta"
-"""What the recipe is for: with 0 nothing would keep the policy near to what it was."""
 
 
 def words(job: Job, command: str) -> list[str]:
@@ -55,11 +53,10 @@ def words(job: Job, command: str) -> list[str]:
         raise InputError(f"--recipe {name} must be {RLHF_24GB}")
     if command not in ("grpo", "rloo"):
         raise InputError(f"--recipe {name} is one of chunkft grpo and rloo, not of {command}")
-    if getattr(job.training, NOTHING_WITHOUT) == 0.0 and NOTHING_WITHOUT in job.given:
+    if job.training.beta == 0.0 and "beta" in job.given:
         raise InputError(
-            f"--recipe {name} with --{NOTHING_WITHOUT} 0: nothing would keep the policy near to "
-            f"what it was; give a value above 0 ({SETTINGS[NOTHING_WITHOUT]}), or leave the recipe "
-            f"out"
+            f"--recipe {name} with --beta 0: nothing would keep the policy near to what it was; "
+            f"give a value above 0 ({SETTINGS['beta']}), or leave the recipe out"
         )
     added = dict(SETTINGS)
     method = job.chunk.method if {"method", "use_peft"} & job.given else "lora"

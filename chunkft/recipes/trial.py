@@ -6,7 +6,7 @@ reads them.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.core.residence import residence_of
-from chunkft.core.store import Store
+from chunkft.core.store import Store, nbytes
 from chunkft.errors import UnsupportedError, as_input_error
 from chunkft.memory.dry_run import DryRun, as_fake, counting_flops, dry_run, fake, real
 from chunkft.memory.eight_bit import EightBitMoments
@@ -134,16 +134,16 @@ def trial_of(config: PretrainedConfig, load: Workload, on_host: bool) -> Callabl
     def trial(choice: Choice) -> DryRun:
         with fake(labels), as_input_error(f"a dry run of {type(config).__name__}"):
             model, base = _model(config, load, choice)
-            reference, readers = None, []
+            readers: list[Any] = []
             if load.reference == "copy":
-                reference = _model(config, replace(load, adapter=None), choice)[0]
+                reference, _ = _model(config, replace(load, adapter=None), choice)
                 readers = [reference.eval().requires_grad_(False)]
             if choice.checkpointing:
                 checkpoint_layers(base)
             optimizer = _optimizer(model, load, choice, on_host)
             for one in (base, *readers):
                 install_head(one)
-            steps = _Steps(model, base, reference, load)
+            steps = _Steps(model, base, readers, load)
             last = len(optimizer.partition) - 1
             # embedding and head are in the outer ones; streamed weights have leaves of their own,
             # most of them where both this chunk and the next are inside layers
@@ -190,11 +190,11 @@ class _Steps:
 
     Args:
         base: the model within `model`.
-        reference: a frozen copy, where there is one.
+        readers: the reference, where it is a copy.
     """
 
-    def __init__(self, model: Any, base: Any, reference: Any, load: Workload):
-        self.model, self.base, self.reference, self.load = model, base, reference, load
+    def __init__(self, model: Any, base: Any, readers: Sequence[Any], load: Workload):
+        self.model, self.base, self.readers, self.load = model, base, readers, load
         self.ids = torch.zeros(load.batch, load.seq, dtype=torch.long)
         self.more: dict[str, Any] = {"fused_lm_head": True} if is_plain_head(base) else {}
         self.more["attention_mask"] = self._mask(load.batch, load.seq)
@@ -235,9 +235,9 @@ class _Steps:
     @torch.no_grad()
     def _read(self) -> None:
         """The reference's log-probabilities."""
-        if self.load.reference == "copy":
-            self._forward(self.reference)
-        elif self.load.reference == "off":
+        for reference in self.readers:
+            self._forward(reference)
+        if self.load.reference == "off":
             with self.model.disable_adapter():
                 self._forward(self.model)
 
@@ -282,11 +282,16 @@ class _Steps:
             before = stream.arena.copied if stream else 0
             with counting_flops() as counter:
                 self._write_token(out.past_key_values)
-        more = counter.get_total_flops() * (tokens - 2)
-        copied = (stream.arena.copied - before if stream else 0) * (tokens - 2)
-        read = sum(m.highest["weights"] for m in found.measured[:1]) * (tokens - 1)
-        flops = [each + more for each in found.flops]
-        return replace(found, flops=flops, copied=found.copied + copied, read=read)
+        left = max(tokens - 2, 0)  # one came with the prompt, and one is in `found`
+        flops = [each + left * counter.get_total_flops() for each in found.flops]
+        copied = found.copied + left * (stream.arena.copied - before if stream else 0)
+        return replace(found, flops=flops, copied=copied, read=(tokens - 1) * self._read_by_each())
+
+    def _read_by_each(self) -> int:
+        """Bytes of weights that a token takes; of an embedding it takes a row."""
+        head, embedding = self.base.get_output_embeddings(), self.base.get_input_embeddings()
+        apart = {id(embedding.weight)} - {id(getattr(head, "weight", None))}
+        return nbytes(p for p in self.model.parameters() if id(p) not in apart)
 
 
 @contextmanager

@@ -128,3 +128,26 @@ def test_twenty_billion_parameters_on_24_gb(capsys):
         assert plans[name]["bytes"]["weights"] == pytest.approx(size + adapter, rel=0.002)
     cache = 44 * 2 * 6144 * 2 * presets.ANSWERS * (2 * presets.TOKENS - 1)
     assert all(one["bytes"]["activations"] > cache for one in plans.values())
+
+
+@pytest.mark.slow
+def test_a_real_model_by_the_recipe(tmp_path):
+    """The three variants on SmolLM2-135M; all parameters in chunks take less than LoRA whose
+    reference is a copy, by the meter."""
+    ways = {name: WAYS[name] for name in ("int8", "nf4")}
+    ways |= {"chunk": ["--method", "chunk", "--chunks", "4"]}
+    ways |= {"copy": ["--load_in_4bit", "false", "--reference", "copy"]}
+    most = {}
+    for name, words in ways.items():
+        out = tmp_path / name
+        words = ["grpo", "--recipe", "rlhf-24gb", "--output_dir", str(out), *words]
+        words += ["--dataset_name", "reasoning-gym:word_sequence_reversal?min_words=3&max_words=4"]
+        words += ["--train_samples", "64", "--score_samples", "2", "--max_steps", "8"]
+        words += ["--max_completion_length", "32", "--disable_tqdm", "true", "--logging_steps", "1"]
+        assert main(words) == 0
+        found = metrics(out)
+        assert found["history"][0]["kl"] == pytest.approx(0.0, abs=1e-2)
+        for kind, planned in found["planned"].items():
+            assert found["measured"][kind] <= planned * 1.03 + SMALL, (name, kind)
+        most[name] = sum(found["measured"].values())
+    assert most["chunk"] < most["copy"]
