@@ -62,7 +62,10 @@ def call(model, tmp_path, capsys, monkeypatch):
     return call
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    ["int8", "chunk", *(pytest.param(way, marks=pytest.mark.slow) for way in ("nf4", "copy"))],
+)
 def test_a_run_is_as_planned(way, call):
     """Answers, the reference and quantized weights included: every kind within 3 %."""
     more = ["--generation_kwargs", '{"min_new_tokens": 24}', "--max_completion_length", "24"]
