@@ -278,8 +278,6 @@ def parse_job(command: str, words: Sequence[str]) -> Any:
         if word == "--resume_from_checkpoint" and bare:
             words.insert(i + 1, "last")
             break
-    if "output_dir" not in _given(words):
-        words += ["--output_dir", f"runs/{command}"]
     job = _parsed(command, words)
     if job.chunk.recipe is not None:
         from chunkft.recipes import presets
@@ -296,6 +294,8 @@ def _parsed(command: str, words: list[str]) -> Any:
     parser = _recipe_parser(command)
     try:
         given = _given(words)
+        if "output_dir" not in given:
+            words = [*words, "--output_dir", f"runs/{command}"]
         if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
             given.add("bf16")  # `accelerate launch --mixed_precision`
         script, training, model, mixture, chunk = parser.parse_args_and_config(
