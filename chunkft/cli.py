@@ -227,6 +227,16 @@ def _plan(words: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print the plan for programs")
     options = parser.parse_args(words)
+    if options.recipe:
+        heard = {"model", "memory", "gpus", "seq", "host_memory", "disk", "json", "recipe"}
+        idle = [
+            k for k, v in vars(options).items() if k not in heard and v != parser.get_default(k)
+        ]
+        if idle:
+            told = ", ".join("--" + name.replace("_", "-") for name in idle)
+            raise InputError(
+                f"{told} beside --recipe {options.recipe}, which has its own: leave out"
+            )
     from chunkft.recipes import planning
 
     return planning.run(options)

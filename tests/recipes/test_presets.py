@@ -116,6 +116,20 @@ def test_a_file_with_an_unknown_recipe(tmp_path, capsys):
     assert "--recipe rlhf-8gb must be rlhf-24gb" in capsys.readouterr().err
 
 
+def test_a_plan_of_its_variants(model, capsys):
+    words = ["plan", str(model), "--gpus", "rtx-4090", "--recipe", "rlhf-24gb", "--seq", "40"]
+    assert main(words) == 0
+    table = capsys.readouterr().out
+    assert "8 answers of 20 tokens to a prompt of 20" in table
+    assert table.count("chunkft grpo --recipe rlhf-24gb") == 3
+    (weights,) = (line for line in table.splitlines() if line.startswith("  weights"))
+    assert len(weights.split()) == 4
+    assert main([*words, "--memory", "30MiB"]) == 2  # less than the libraries take
+    assert capsys.readouterr().out.count("GiB at least") == 3
+    assert main([*words, "--method", "exact", "--state-bits", "8"]) == 2
+    assert "--method, --state-bits beside --recipe" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_twenty_billion_parameters_on_24_gb(capsys):
     """Each variant fits, and of what it holds the parts that can be told by hand are right."""
