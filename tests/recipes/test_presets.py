@@ -124,10 +124,15 @@ def test_a_plan_of_its_variants(model, capsys):
     assert table.count("chunkft grpo --recipe rlhf-24gb") == 3
     (weights,) = (line for line in table.splitlines() if line.startswith("  weights"))
     assert len(weights.split()) == 4
-    assert main([*words, "--memory", "30MiB"]) == 2  # less than the libraries take
-    assert capsys.readouterr().out.count("GiB at least") == 3
     assert main([*words, "--method", "exact", "--state-bits", "8"]) == 2
     assert "--method, --state-bits beside --recipe" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_no_variant_fits(model, capsys):
+    words = ["plan", str(model), "--gpus", "rtx-4090", "--recipe", "rlhf-24gb", "--seq", "40"]
+    assert main([*words, "--memory", "30MiB"]) == 2  # less than the libraries take
+    assert capsys.readouterr().out.count("GiB at least") == 3
 
 
 @pytest.mark.slow
