@@ -37,7 +37,7 @@ DPO = ["--train_samples", "2000", "--max_steps", "40", "--per_device_train_batch
 DPO += ["--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "4"]
 DPO += ["--logging_steps", "1"]
 LORA, CHUNK = ["--method", "lora"], ["--method", "chunk", "--chunks", "8"]
-# rates of those tried (LOG.md)
+# GRPO's rates are of those tried (LOG.md), DPO's were not searched
 RUNS = {
     "grpo-lora": ("grpo", [*GRPO, *LORA, "--learning_rate", "3e-4"]),
     "grpo-chunk": ("grpo", [*GRPO, *CHUNK, "--learning_rate", "1.5e-4"]),
@@ -113,7 +113,7 @@ def main() -> None:
     lines = [
         "# SFT, then GRPO or DPO",
         "",
-        f"`python -m benchmarks.rollouts`, {provenance()}.",
+        f"`python -m benchmarks.rollouts --runs {' '.join(options.runs)}`, {provenance()}.",
         "",
         f"SmolLM2-135M, `{TASK}`, {ITEMS} held-out items; 95 % intervals of the paired "
         "difference by bootstrap. Sampled: temperature 1.",

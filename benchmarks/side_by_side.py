@@ -98,7 +98,7 @@ def main() -> None:
     lines = [
         "# Methods side by side",
         "",
-        f"`make bench-methods`, {provenance()}.",
+        f"`python -m benchmarks.side_by_side --seconds {options.seconds:g}`, {provenance()}.",
         "",
         f"SmolLM2-135M, `{TASK}`, 6 records a step, no checkpointing, {options.seconds:g} seconds "
         f"of training each, by the seconds a step of a pilot. Rates: the best by held-out loss of "

@@ -71,8 +71,7 @@ def run(options: argparse.Namespace) -> int:
     except DoesNotFitError as error:
         if not options.json:
             raise
-        told = {"model": options.model, "fits": False, "needed": error.needed, "why": str(error)}
-        print(json.dumps(told, indent=1))
+        print(json.dumps(refusal(error, options.model), indent=1))
         return 2
     if options.json:
         data = {"data": rows._asdict()} if rows else {}
@@ -136,6 +135,11 @@ def as_text(found: Plan, name: str, load: Workload) -> str:
     if choice.stream_weights and choice.resident_layers:
         words.append(f"--resident_layers {choice.resident_layers}")
     return "\n".join([*lines, "settings: " + " ".join(words)])
+
+
+def refusal(error: DoesNotFitError, name: str) -> dict[str, Any]:
+    """What `as_json` would be, where nothing fits."""
+    return {"model": name, "fits": False, "needed": error.needed, "why": str(error)}
 
 
 def as_json(found: Plan, name: str, load: Workload) -> dict[str, Any]:

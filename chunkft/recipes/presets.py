@@ -23,7 +23,8 @@ from chunkft.memory.budget import DEVICES, Device
 from chunkft.memory.meter import KINDS
 from chunkft.memory.plan import Choice, DoesNotFitError, Limits, Plan
 from chunkft.recipes.job import Job
-from chunkft.recipes.planning import FREE, plan
+from chunkft.recipes.planning import FREE, plan, refusal
+from chunkft.recipes.planning import as_json as plan_as_json
 from chunkft.recipes.trial import Answers, Workload
 from chunkft.train.config import ADAPTERS, FEWEST_CHUNKS
 
@@ -59,10 +60,12 @@ def words(job: Job, command: str) -> list[str]:
             f"give a value above 0 ({SETTINGS['beta']}), or leave the recipe out"
         )
     added = dict(SETTINGS)
-    method = job.chunk.method if {"method", "use_peft"} & job.given else "lora"
-    if method in ADAPTERS or job.model.use_peft:
-        added |= {"method": method} if not job.model.use_peft else {}
-        added |= {"lora_r": RANK} if method == "lora" and job.chunk.trainable is None else {}
+    method = job.chunk.method if "method" in job.given else "lora"
+    if method in ADAPTERS:
+        if not job.model.use_peft:
+            added["method"] = method
+        if method == "lora" and job.chunk.trainable is None:
+            added["lora_r"] = RANK
         if not {"load_in_4bit", "load_in_8bit"} & job.given:
             added["quantize"] = "nf4"
     elif method != "full":
@@ -111,7 +114,12 @@ def show(
 
     Args:
         seq: tokens of prompt and answer.
+
+    Raises:
+        InputError: there is no room for both.
     """
+    if seq < 2:
+        raise InputError(f"--seq {seq} must be at least 2: a token of the prompt, one of an answer")
     answer = min(TOKENS, seq // 2)
     found: dict[str, Plan | DoesNotFitError] = {}
     ways = variants(config, seq, answer)
@@ -121,14 +129,12 @@ def show(
         except DoesNotFitError as error:
             found[way.name] = error
     if as_json:
-        told = {
-            key: {"fits": False, "needed": one.needed}
-            if isinstance(one, DoesNotFitError)
-            else {"fits": True, "total": one.total, "bytes": one.bytes, "host": one.host}
-            | {"seconds": one.seconds, "chunks": one.choice.chunks}
-            for key, one in found.items()
-        }
-        print(json.dumps({"model": name, "recipe": RLHF_24GB, "seq": seq, "plans": told}, indent=1))
+        told: dict[str, Any] = {}
+        for way in ways:
+            one = found[way.name]
+            fits = isinstance(one, Plan)
+            told[way.name] = plan_as_json(one, name, way.load) if fits else refusal(one, name)
+        print(json.dumps({"recipe": RLHF_24GB, "plans": told}, indent=1))
     else:
         print(_table(name, ways, found, limits, seq, answer))
     return 2 if any(isinstance(one, DoesNotFitError) for one in found.values()) else 0

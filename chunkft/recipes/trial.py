@@ -59,6 +59,7 @@ class Workload:
     quantize: Any = None
     """transformers' BitsAndBytesConfig of the frozen weights."""
     autocast: torch.dtype | None = None
+    """Of forward passes, where a run has it."""
     answers: Answers | None = None
     reference: str = ""
     """off: the adapter switched off. copy: a frozen copy, streamed where the weights are."""

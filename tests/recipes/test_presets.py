@@ -124,6 +124,8 @@ def test_a_plan_of_its_variants(model, capsys):
     assert table.count("chunkft grpo --recipe rlhf-24gb") == 3
     (weights,) = (line for line in table.splitlines() if line.startswith("  weights"))
     assert len(weights.split()) == 4
+    assert main([*words[:-1], "1"]) == 2
+    assert "--seq 1 must be at least 2" in capsys.readouterr().err
     assert main([*words, "--method", "exact", "--state-bits", "8"]) == 2
     assert "--method, --state-bits beside --recipe" in capsys.readouterr().err
 

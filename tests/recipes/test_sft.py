@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
-from chunkft.cli import main
+from chunkft.cli import main, parse_job
 from chunkft.memory import eight_bit
 from chunkft.models.losses import head_log_probs
 from tests.recipes.conftest import same, weights
@@ -221,6 +221,12 @@ def test_where_autocast_is(sft, monkeypatch, words, on):
     monkeypatch.setattr("chunkft.models.losses.head_log_probs", head)
     code, *_ = sft("--max_steps", 2, *words.split())
     assert code == 0 and seen == {on}
+
+
+def test_autocast_that_accelerate_is_told_of(monkeypatch):
+    assert "bf16" not in parse_job("sft", []).given
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert "bf16" in parse_job("sft", []).given
 
 
 def test_times_cover_the_run_and_steps_are_steps_alone(sft):
