@@ -205,10 +205,10 @@ class _Steps:
             positions = torch.arange(load.seq).repeat(load.batch)[None]
             self.more |= {"attention_mask": None, "position_ids": positions, "cu_seq_lens_q": ends}
 
-    def _mask(self, rows: int, tokens: int) -> Tensor | None:
-        """Of nothing: transformers then leaves a mask out, which it cannot tell of a fake one."""
+    def _mask(self, rows: int, tokens: int) -> Tensor:
+        """Of padding: a fake one, which may have some, or one that transformers sees has none."""
         if self.load.masked:
-            return None
+            return torch.ones(rows, tokens, dtype=torch.long)
         with real():
             return torch.ones(rows, tokens, dtype=torch.bool)
 
@@ -226,12 +226,9 @@ class _Steps:
             del loss  # int8 layers keep inputs as long as its graph is there
 
     def _forward(self, model: Any) -> Any:
-        return self._call(model, input_ids=self.ids, labels=self.ids, **self.more, use_cache=False)
-
-    def _call(self, model: Any, **inputs: Any) -> Any:
         dtype = self.load.autocast
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            return model(**inputs)
+            return model(input_ids=self.ids, labels=self.ids, **self.more, use_cache=False)
 
     @torch.no_grad()
     def _read(self) -> None:
@@ -244,13 +241,10 @@ class _Steps:
 
     @torch.no_grad()
     def _write(self) -> None:
-        """What `generate` does that takes most."""
+        """What `generate` does that takes most; TRL leaves autocast out of it."""
         rows, tokens = self._answers()
         prompt = self.load.seq - tokens
-        mask = self._mask(rows, prompt)
-        ids = torch.zeros(rows, prompt, dtype=torch.long)
-        asked: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
-        out = self._call(self.model, input_ids=ids, attention_mask=mask, **asked)
+        out = self.model(**self._inputs(rows, prompt, prompt), use_cache=True, logits_to_keep=1)
         cache = out.past_key_values
         _draw(out.logits)
         del out
@@ -259,10 +253,18 @@ class _Steps:
 
     def _write_token(self, cache: Any) -> None:
         rows, _ = self._answers()
-        mask = self._mask(rows, cache.get_seq_length() + 1)
-        ids = torch.zeros(rows, 1, dtype=torch.long)
-        inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
-        _draw(self._call(self.model, **inputs, use_cache=True).logits)
+        inputs = self._inputs(rows, 1, cache.get_seq_length() + 1)
+        _draw(self.model(**inputs, past_key_values=cache, use_cache=True).logits)
+
+    def _inputs(self, rows: int, tokens: int, seen: int) -> dict[str, Tensor]:
+        """Of `generate`: each row has positions of its own, for prompts are padded in front."""
+        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        positions = torch.zeros(rows, tokens, dtype=torch.long)
+        return {
+            "input_ids": ids,
+            "position_ids": positions,
+            "attention_mask": self._mask(rows, seen),
+        }
 
     def _answers(self) -> Answers:
         assert self.load.answers is not None
@@ -276,9 +278,8 @@ class _Steps:
         rows, tokens = self.load.answers
         stream = residence_of(self.model)
         assert stream is None or isinstance(stream, WeightStream)
-        ids, mask = torch.zeros(rows, 1, dtype=torch.long), self._mask(rows, 1)
         with _all_kept(self.model):
-            out = self._call(self.model, input_ids=ids, attention_mask=mask, use_cache=True)
+            out = self.model(**self._inputs(rows, 1, 1), use_cache=True)
             _fill(out.past_key_values, self.load.seq - tokens // 2)  # an average one
             before = stream.arena.copied if stream else 0
             with counting_flops() as counter:

@@ -1,11 +1,13 @@
 """A model of a few thousand parameters, on disk, with a small tokenizer of its own."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -63,6 +65,16 @@ def tiny_model(tmp_path_factory):
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wider_model(tiny_model, tmp_path_factory):
+    """4-bit kernels on a CPU take rows of whole blocks, which are of 64."""
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("wider") / "model")
+    config = AutoConfig.from_pretrained(tiny_model, hidden_size=128, head_dim=64)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from chunkft.cli import main
 from chunkft.models.adapters import METHODS, attach, configure
@@ -101,16 +101,6 @@ def test_a_budget_chooses_the_size(sft):
     assert 0.04 < found["parameters"] / 27_000 < 0.06
     config = PeftConfig.from_pretrained(str(folder))
     assert config.r == 1 or f"r={config.r}" in out
-
-
-@pytest.fixture(scope="module")
-def wider_model(tiny_model, tmp_path_factory):
-    """4-bit kernels on a CPU take rows of whole blocks, which are of 64."""
-    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("wider") / "model")
-    config = AutoConfig.from_pretrained(tiny_model, hidden_size=128, head_dim=64)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 def test_an_evaluation_loses_no_gradient(wider_model):
@@ -255,12 +245,11 @@ def test_what_cannot_merge_says_why(sft, merge, tmp_path, tiny_model):
     assert code == 2 and "--base" in err
 
 
-def test_memory_is_planned_for_what_trains(sft):
-    code, out, err, folder = sft("--method", "lora", "--memory", "8GiB")
+@pytest.mark.parametrize("words", ["", "--quantize nf4", "--quantize int8"])
+def test_memory_is_planned_for_what_trains(sft, words):
+    code, out, err, folder = sft("--method", "lora", "--memory", "8GiB", *words.split())
     assert code == 0, err
     assert "plan for 8GiB" in out and "more than planned" not in out
     found = json.loads((folder / "metrics.json").read_text())
     for kind in ("weights", "gradient", "state"):
         assert found["planned"][kind] == found["measured"][kind]
-    code, _, err, _ = sft("--method", "lora", "--quantize", "nf4", "--memory", "8GiB", out="nf4")
-    assert code == 2 and "--memory with --quantize nf4" in err

@@ -4,8 +4,6 @@ import json
 import sys
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from chunkft.cli import main, parse_job
 from chunkft.recipes import presets
@@ -25,21 +23,8 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model, tmp_path_factory):
-    """Path of a Llama whose layers are wide enough for blocks of 64 weights."""
-    folder = tmp_path_factory.mktemp("wider")
-    config = AutoConfig.from_pretrained(tiny_model, hidden_size=128, intermediate_size=384)
-    config.num_hidden_layers, config.num_attention_heads, config.head_dim = 4, 4, 32
-    config.num_key_value_heads = 2
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def call(model, tmp_path, capsys, monkeypatch):
+def call(wider_model, tmp_path, capsys, monkeypatch):
     """Run a command by the recipe; returns (exit code, stdout, stderr, output directory)."""
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"prompt": f"say {i:03} in words:" + "!" * (i % 2)} for i in range(40)]
@@ -50,7 +35,7 @@ def call(model, tmp_path, capsys, monkeypatch):
     sys.modules.pop("rewards_here", None)
 
     def call(*more, command="grpo"):
-        words = [command, "--recipe", "rlhf-24gb", "--model_name_or_path", str(model)]
+        words = [command, "--recipe", "rlhf-24gb", "--model_name_or_path", str(wider_model)]
         words += ["--output_dir", str(tmp_path / "out"), "--dataset_name", str(prompts)]
         words += ["--max_steps", "4", "--disable_tqdm", "true", "--logging_steps", "1"]
         if command == "grpo":
@@ -116,8 +101,8 @@ def test_a_file_with_an_unknown_recipe(tmp_path, capsys):
     assert "--recipe rlhf-8gb must be rlhf-24gb" in capsys.readouterr().err
 
 
-def test_a_plan_of_its_variants(model, capsys):
-    words = ["plan", str(model), "--gpus", "rtx-4090", "--recipe", "rlhf-24gb", "--seq", "40"]
+def test_a_plan_of_its_variants(wider_model, capsys):
+    words = ["plan", str(wider_model), "--gpus", "rtx-4090", "--recipe", "rlhf-24gb", "--seq", "40"]
     assert main(words) == 0
     table = capsys.readouterr().out
     assert "8 answers of 20 tokens to a prompt of 20" in table
@@ -131,8 +116,8 @@ def test_a_plan_of_its_variants(model, capsys):
 
 
 @pytest.mark.slow
-def test_no_variant_fits(model, capsys):
-    words = ["plan", str(model), "--gpus", "rtx-4090", "--recipe", "rlhf-24gb", "--seq", "40"]
+def test_no_variant_fits(wider_model, capsys):
+    words = ["plan", str(wider_model), "--gpus", "rtx-4090", "--recipe", "rlhf-24gb", "--seq", "40"]
     assert main([*words, "--memory", "30MiB"]) == 2  # less than the libraries take
     assert capsys.readouterr().out.count("GiB at least") == 3
 
