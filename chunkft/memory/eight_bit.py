@@ -181,6 +181,7 @@ def _quantize(value: Tensor, table: _Table, generator: torch.Generator) -> tuple
             rows = torch.nn.functional.pad(rows, (0, gap))
         found, scales[blocks] = _round(rows.view(-1, BLOCK), table, generator)
         out[part] = found[: found.numel() - gap]
+        del found  # or it would lie beside the next piece's temporaries
     return codes, scales
 
 
@@ -220,6 +221,7 @@ def _dequantize(codes: Tensor, scales: Tensor, table: _Table) -> Tensor:
         levels = table.levels.index_select(0, flat[part].int())
         rows = BLOCK if levels.numel() % BLOCK == 0 else levels.numel()
         out[part] = levels.view(-1, rows).mul_(scales[blocks, None]).view(-1)
+        del levels
     return value
 
 
