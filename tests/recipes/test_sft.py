@@ -44,6 +44,8 @@ def test_a_run_trains_everything_and_says_so(sft, tiny_model):
     assert last["grad_norm"] > 0
     assert last["cycle"] == 2
     assert {row["chunk"] for row in found["history"]} == {0, 1, 2, 3}
+    # training leaves it off, and whoever loads the model would generate without a cache
+    assert json.loads((folder / "config.json").read_text())["use_cache"]
     text = (folder / "report.md").read_text()
     count = f"{found['parameters']:,}"
     assert f"{count} of {count} trainable elements were trained" in text
