@@ -100,6 +100,7 @@ def write(folder: Path, outcome: Outcome) -> Path:
 
 def write_metrics(folder: Path, outcome: Outcome, step_seconds: Sequence[float]) -> None:
     """`metrics.json`: the numbers of the report, for programs."""
+    measured = outcome.measured
     numbers = {
         "before": outcome.before,
         "after": outcome.after,
@@ -109,7 +110,8 @@ def write_metrics(folder: Path, outcome: Outcome, step_seconds: Sequence[float])
         "peak_gib": outcome.peak_gib,
         "card": outcome.card,
         "bytes_by_kind": outcome.bytes_by_kind,
-        "measured": None if outcome.measured is None else outcome.measured.highest,
+        "measured": None if measured is None else measured.highest,
+        "measured_at_peak": None if measured is None else measured.peak.bytes,
         "planned": None if outcome.plan is None else outcome.plan.highest,
         "parameters": outcome.parameters,
         "history": list(outcome.history),
