@@ -37,7 +37,7 @@ DPO = ["--train_samples", "2000", "--max_steps", "40", "--per_device_train_batch
 DPO += ["--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "4"]
 DPO += ["--logging_steps", "1"]
 LORA, CHUNK = ["--method", "lora"], ["--method", "chunk", "--chunks", "8"]
-# GRPO's rates are of those tried (LOG.md), DPO's were not searched
+# GRPO's rates are of those tried, DPO's were not searched: LoRA's is too high (LOG.md)
 RUNS = {
     "grpo-lora": ("grpo", [*GRPO, *LORA, "--learning_rate", "3e-4"]),
     "grpo-chunk": ("grpo", [*GRPO, *CHUNK, "--learning_rate", "1.5e-4"]),
