@@ -1,4 +1,4 @@
-"""Memory and speed on one CUDA device: chunk, exact, streamed weights, LoRA, dense 8-bit AdamW.
+"""Memory and speed on one CUDA device: chunk, exact, streamed weights, LoRA, dense AdamW.
 
     python -m benchmarks.gpu [--minutes 9] [--only llama-2-7b] [--output FILE] [--lines FILE]
 
@@ -42,6 +42,7 @@ CASES = [
     Case("llama-3-8b", 1, "chunk", **STREAMED),
     Case("llama-3-70b", 1, "chunk", **LARGE),
     Case("llama-2-7b", 1, "lora", checkpointing=False),
+    Case("llama-2-7b", 1, "adamw"),
     Case("llama-2-7b", 8, "chunk"),
     Case("llama-2-7b", 8, "chunk", **STREAMED),
     Case("llama-2-7b", 1, "exact", steps=3),
@@ -173,9 +174,9 @@ def report(found: Sequence[Row], command: str) -> str:
     return (
         f"# Memory and speed on one GPU: {', '.join(cards)}\n\n"
         f"`{command}` {provenance()}.\n"
-        "bf16 weights, random; AdamW fused, fp32 masters; T=1, so that state moves in every step; "
-        "GiB at their peaks.\nMFU counts what dense training needs, HFU what was computed "
-        f"(benchmarks/gpu_case.py).\n\n{table(found)}\n"
+        "bf16 weights, random; AdamW fused, fp32 masters (adamw: fp32 weights, autocast); T=1, so\n"
+        "that state moves in every step; GiB at their peaks.\nMFU counts what dense training needs"
+        f", HFU what was computed (benchmarks/gpu_case.py).\n\n{table(found)}\n"
     )
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.amp.autocast_mode import autocast
 from torch.autograd.graph import save_on_cpu
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -59,7 +60,7 @@ class Case:
     batch: int
     """Rows of `seq` tokens."""
     method: str
-    """chunk | exact | lora | adamw-8bit."""
+    """chunk | exact | lora | adamw (fp32 weights under autocast to bf16) | adamw-8bit."""
     chunks: int = 64
     layout: str = "spread"
     block: int | None = None
@@ -186,19 +187,23 @@ def batches(case: Case, config: PretrainedConfig, device: str) -> Iterator[Batch
 
 
 def build(case: Case, config: PretrainedConfig, device: str) -> Built:
+    kind = torch.float32 if case.method == "adamw" else torch.bfloat16
     with torch.device(device):  # a GPU fills 7B with random numbers in less than a second
         model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation="sdpa"
+            config, dtype=kind, attn_implementation="sdpa"
         ).train()
     if case.checkpointing:
         checkpoint_layers(model)
     if case.method == "lora":
         method = lora(model, RATE)
         return Built(method.model, method.update, offload(case, device))
+    weights = list(model.parameters())
+    if case.method == "adamw":
+        dense = torch.optim.AdamW(weights, **RULE)
+        return Built(model, clipped_step(weights, dense), lambda: autocast(device, torch.bfloat16))
     if case.method == "adamw-8bit":
         import bitsandbytes
 
-        weights = list(model.parameters())
         eight = bitsandbytes.optim.AdamW8bit(weights, lr=RATE, weight_decay=0.0)
         return Built(model, clipped_step(weights, eight), offload(case, device))
     stream = stream_weights(model, device=device) if case.streamed else None
@@ -239,7 +244,8 @@ def refuse(case: Case, size: int, device: str) -> None:
     if device != "cuda":
         return
     weights = 0 if case.streamed else 2 * size
-    weights *= 3 if case.method == "adamw-8bit" else 1  # gradient, and one byte each of two moments
+    # gradient, and one byte each of two moments; or four of everything
+    weights *= {"adamw-8bit": 3, "adamw": 8}.get(case.method, 1)
     total = torch.cuda.get_device_properties(0).total_memory
     if weights + CONTEXT > total:
         raise Skipped(

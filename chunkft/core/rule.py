@@ -59,6 +59,9 @@ class Rule:
         self._versions: dict[str, int] = {}  # of the weights after our own last write
         starts = zip(settings, self.by_group(), strict=True)
         self.inner = optimizer_class([{**s, "params": tensors} for s, tensors in starts], **kwargs)
+        self._kwargs = kwargs
+        self._early = bool(self.inner.state)  # made when built: Adagrad's, before torch 2.13
+        self.inner.state.clear()
 
     # -- a visit --------------------------------------------------------------------------------
 
@@ -109,6 +112,8 @@ class Rule:
                 gradient.mul_(scale.double().reciprocal().to(gradient))
         if created:
             self.place()
+        if self._early:
+            self._begin(stepped)
         return stepped, [self.parameter(leaf) for leaf in stepped]
 
     def step(self, outer_groups: Sequence[dict[str, Any]], in_parts: bool = False) -> None:
@@ -255,6 +260,15 @@ class Rule:
             name: value.to(device) if isinstance(value, Tensor) and value.dim() == 0 else value
             for name, value in values.items()
         }
+
+    def _begin(self, leaves: Iterable[Leaf]) -> None:
+        """State for those that have none, as the rule makes it when it is built."""
+        for leaf in leaves:
+            parameter = self.parameter(leaf)
+            if parameter not in self.inner.state:
+                group = self.inner.param_groups[self.groups[leaf.piece.name]]
+                alone = type(self.inner)([{**group, "params": [parameter]}], **self._kwargs)
+                self.inner.state[parameter] = alone.state[parameter]
 
     def note_versions(self) -> None:
         for piece, leaf in self.leaves.items():

@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "streamed": {"method": "chunk", "block": 2048, "offload": True, "streamed": True},
     "exact": {"method": "exact"},
     "lora": {"method": "lora"},
+    "adamw": {"method": "adamw"},
 }
 
 

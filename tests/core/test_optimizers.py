@@ -14,6 +14,17 @@ from chunkft.errors import ChunkFTError, InputError
 from tests.conftest import assert_close, weights
 
 optim = torch.optim
+
+
+class Early(optim.Adagrad):
+    """Makes its state when it is built, as Adagrad did before torch 2.13."""
+
+    def __init__(self, params: Any, lr: float = 1e-2, scale: float = 1.0):
+        super().__init__(params, lr=lr)
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p] = {"step": torch.tensor(0.0), "sum": torch.full_like(p, scale)}
+
+
 RULES: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
     "adamw": (optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
     "adamw-foreach": (optim.AdamW, {"lr": 1e-2, "foreach": True}),
@@ -24,6 +35,7 @@ RULES: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
     "rmsprop": (optim.RMSprop, {"lr": 1e-3, "momentum": 0.5}),
     "nadam": (optim.NAdam, {"lr": 1e-2}),
     "adagrad": (optim.Adagrad, {"lr": 1e-2}),
+    "early": (Early, {"lr": 1e-2, "scale": 0.5}),
     "adafactor": (optim.Adafactor, {"lr": 1e-2}),
 }
 ADAM = {"lr": 1e-2, "betas": (0.9, 0.99)}
