@@ -15,8 +15,10 @@ exact for every bit pattern, whatever the device rounds denormals to.
 Cost at rest: 2 bytes an element instead of 4, plus 10 bytes an exception.
 """
 
+import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,18 +42,7 @@ def is_16bit(dtype: torch.dtype) -> bool:
 
 def rest(master: Tensor, weight: Tensor) -> dict[str, Tensor]:
     """What must be kept of `master` (fp32) beside `weight`, which it rounds to."""
-    if weight.dtype != torch.bfloat16:
-        return {WHOLE: master, CHECK: fingerprint(weight)}
-    bits, upper = master.detach().reshape(-1).view(torch.int32), _halves(weight)
-    low = torch.empty_like(upper)
-    wrong = []
-    for here in _windows(bits):
-        low[here] = bits[here].view(torch.int16)[LOWER::2]
-        missed = _joined(low[here], upper[here]) != bits[here]
-        wrong.append(missed.nonzero().reshape(-1).add_(here.start))
-    index = torch.cat(wrong)
-    high = (bits[index] >> 16).to(torch.int16)
-    return {LOW: low, INDEX: index, HIGH: high, CHECK: fingerprint(weight)}
+    return rest_all([master], [weight])[0]
 
 
 def wake(kept: dict[str, Tensor], weight: Tensor) -> Tensor:
@@ -59,22 +50,98 @@ def wake(kept: dict[str, Tensor], weight: Tensor) -> Tensor:
 
     If the weight is not the one it was (loaded in place meanwhile), its own value is the master.
     """
-    if not torch.equal(kept[CHECK].cpu(), fingerprint(weight).cpu()):
-        return weight.detach().float()
-    if WHOLE in kept:
-        return kept[WHOLE].to(weight.device).reshape(weight.shape)
-    low, upper = kept[LOW].to(weight.device), _halves(weight)
-    bits = torch.empty_like(low, dtype=torch.int32)
-    for here in _windows(bits):
-        bits[here] = _joined(low[here], upper[here])
-    wrong = kept[INDEX].to(weight.device)
-    high = kept[HIGH].to(weight.device).to(torch.int32)
-    bits[wrong] = (high << 16) | (low[wrong].to(torch.int32) & 0xFFFF)
-    master = bits.view(torch.float32).reshape(weight.shape)
-    if weight.is_contiguous():
-        return master
-    # channels_last, say: a fused rule needs parameter, gradient and state to lie alike
-    return torch.empty_like(weight, dtype=torch.float32).copy_(master)
+    return wake_all([kept], [weight])[0]
+
+
+def rest_all(masters: Sequence[Tensor], weights: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """`rest` of each, many in one operation: a chunk has hundreds of slices, which all cost a
+    launch for every operation and a wait for every question asked of them alone."""
+    kept: list[dict[str, Tensor]] = [{CHECK: check} for check in fingerprints(weights)]
+    for same in _alike(weights):
+        if weights[same[0]].dtype != torch.bfloat16:
+            for i in same:
+                kept[i][WHOLE] = masters[i]
+            continue
+        bits = [masters[i].detach().reshape(-1).view(torch.int32) for i in same]
+        found = zip(*_low_bits(bits, [_halves(weights[i]) for i in same]), strict=True)
+        for i, (low, index, high) in zip(same, found, strict=True):
+            kept[i] |= {LOW: low, INDEX: index, HIGH: high}
+    return kept
+
+
+def wake_all(kept: Sequence[dict[str, Tensor]], weights: Sequence[Tensor]) -> list[Tensor]:
+    """`wake` of each, many in one operation."""
+    masters: dict[int, Tensor] = {}
+    for same in _alike(weights):
+        device = weights[same[0]].device
+        checks = torch.stack([kept[i][CHECK].to(device) for i in same])
+        now = torch.stack(fingerprints([weights[i] for i in same]))
+        if not torch.equal(checks, now):  # one wait for all of them
+            written = (checks != now).any(1).tolist()
+            masters |= {
+                i: weights[i].detach().float() for i, w in zip(same, written, strict=True) if w
+            }
+            same = [i for i in same if i not in masters]
+        whole = [i for i in same if WHOLE in kept[i]]
+        masters |= {i: kept[i][WHOLE].to(device).reshape(weights[i].shape) for i in whole}
+        same = [i for i in same if i not in masters]
+        halves = [_halves(weights[i]) for i in same]
+        found = _joined_bits([kept[i] for i in same], halves)
+        for i, bits in zip(same, found, strict=True):
+            master = bits.view(torch.float32).reshape(weights[i].shape)
+            if not weights[i].is_contiguous():
+                # channels_last, say: a fused rule needs parameter, gradient and state to lie alike
+                master = torch.empty_like(weights[i], dtype=torch.float32).copy_(master)
+            masters[i] = master
+    return [masters[i] for i in range(len(weights))]
+
+
+def _low_bits(
+    bits: Sequence[Tensor], halves: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Lower halves, and the exceptions' indices and upper halves, of masters beside weights."""
+    lows = [torch.empty_like(upper) for upper in halves]
+    index: list[list[Tensor]] = [[] for _ in bits]
+    high: list[list[Tensor]] = [[] for _ in bits]
+    for parts in _batches(bits):
+        whole, upper = _gathered(bits, parts), _gathered(halves, parts)
+        low = _spread(whole.view(torch.int16)[LOWER::2], lows, parts)
+        at = (_joined(low, upper) != whole).nonzero().reshape(-1)
+        if not len(at):
+            continue
+        ends = torch.tensor(list(itertools.accumulate(p.size for p in parts)))
+        where = torch.searchsorted(ends.to(at.device), at, right=True)
+        shift = torch.tensor([p.start + p.size for p in parts]) - ends
+        counts = torch.bincount(where, minlength=len(parts)).tolist()
+        there = (at + shift.to(at.device)[where]).split(counts)
+        theirs = (whole[at] >> 16).to(torch.int16).split(counts)
+        for part, i, h in zip(parts, there, theirs, strict=True):
+            index[part.tensor].append(i)
+            high[part.tensor].append(h)
+    none = torch.empty(0, dtype=torch.long, device=bits[0].device)
+    return (
+        lows,
+        [torch.cat([none, *found]) for found in index],
+        [torch.cat([none.to(torch.int16), *found]) for found in high],
+    )
+
+
+def _joined_bits(kept: Sequence[dict[str, Tensor]], halves: Sequence[Tensor]) -> list[Tensor]:
+    """The masters' bits, flat, from what was kept beside the weights' upper halves."""
+    lows = [k[LOW].to(upper.device) for k, upper in zip(kept, halves, strict=True)]
+    found = [torch.empty_like(upper, dtype=torch.int32) for upper in halves]
+    for parts in _batches(halves):
+        low, upper = _gathered(lows, parts), _gathered(halves, parts)
+        if len(parts) == 1:
+            _joined(low, upper, *_views(found, parts))
+        else:
+            _spread(_joined(low, upper), found, parts)
+    for k, bits in zip(kept, found, strict=True):
+        if k[INDEX].numel():
+            wrong = k[INDEX].to(bits.device)
+            high = k[HIGH].to(bits.device).to(torch.int32) << 16
+            bits[wrong] = high | (bits[wrong] & 0xFFFF)
+    return found
 
 
 def total_norm(gradients: Iterable[Tensor], scale: Tensor | None) -> Tensor:
@@ -89,23 +156,84 @@ def total_norm(gradients: Iterable[Tensor], scale: Tensor | None) -> Tensor:
     return total if scale is None else total * scale.double().reciprocal().to(total)
 
 
-def _joined(low: Tensor, upper: Tensor) -> Tensor:
+def _joined(low: Tensor, upper: Tensor, out: Tensor | None = None) -> Tensor:
     """Bits of the master by the rule above."""
-    return upper.to(torch.int32).bitwise_left_shift_(16).add_(low)
+    wide = upper.to(torch.int32) if out is None else out.copy_(upper)
+    return wide.bitwise_left_shift_(16).add_(low)
 
 
 def _halves(weight: Tensor) -> Tensor:
     return weight.detach().contiguous().reshape(-1).view(torch.int16)
 
 
-def _windows(values: Tensor) -> Iterator[slice]:
-    """Parts of `values` that stay in a CPU's cache, and are a fraction of it in memory.
+class _Part(NamedTuple):
+    """Elements `start` to `start + size` of the flat `tensor` of that number."""
 
-    On CUDA, where each costs launches and a wait, they are large.
+    tensor: int
+    start: int
+    size: int
+
+
+def _alike(weights: Sequence[Tensor]) -> list[list[int]]:
+    """Their numbers, those of one device and dtype together."""
+    found: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, weight in enumerate(weights):
+        found.setdefault((weight.device, weight.dtype), []).append(i)
+    return list(found.values())
+
+
+def _batches(flat: Sequence[Tensor]) -> Iterator[list[_Part]]:
+    """Parts of all tensors, some together.
+
+    On a CPU a batch stays in its cache; on CUDA, where each costs launches and a wait, it is
+    larger. Both are a fraction of a chunk in memory.
     """
-    size = 2**24 if values.is_cuda else max(2**18, values.numel() // 64)
-    for begin in range(0, max(1, values.numel()), size):
-        yield slice(begin, begin + size)
+    if not flat:
+        return
+    total = sum(tensor.numel() for tensor in flat)
+    room = size = 2**21 if flat[0].is_cuda else max(2**18, total // 64)
+    parts: list[_Part] = []
+    for i, tensor in enumerate(flat):
+        start = 0
+        while start < tensor.numel():
+            part = _Part(i, start, min(room, tensor.numel() - start))
+            parts.append(part)
+            start, room = start + part.size, room - part.size
+            if not room:
+                yield parts
+                parts, room = [], size
+    if parts:
+        yield parts
+
+
+def _views(flat: Sequence[Tensor], parts: Sequence[_Part]) -> list[Tensor]:
+    return [flat[p.tensor][p.start : p.start + p.size] for p in parts]
+
+
+def _gathered(flat: Sequence[Tensor], parts: Sequence[_Part]) -> Tensor:
+    found = _views(flat, parts)
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _spread(values: Tensor, flat: Sequence[Tensor], parts: Sequence[_Part]) -> Tensor:
+    """Write `values` to the parts; returns them, contiguous."""
+    places = _views(flat, parts)
+    if len(places) == 1:
+        return places[0].copy_(values)
+    values = values.contiguous()
+    torch._foreach_copy_(places, list(values.split([p.size for p in parts])))
+    return values
+
+
+def overwritten_all(
+    weights: Sequence[Tensor], masters: Sequence[Tensor], known: Sequence[bool]
+) -> list[bool]:
+    """`overwritten` of each; a CUDA device is asked once for all of them."""
+    each = list(zip(weights, masters, known, strict=True))
+    if not any(weight.is_cuda for weight in weights):
+        return [overwritten(*one) for one in each]
+    flags = [(mine != theirs).any() for mine, theirs in (_compared(*one) for one in each)]
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
 
 
 def overwritten(weight: Tensor, master: Tensor, known: bool) -> bool:
@@ -115,9 +243,13 @@ def overwritten(weight: Tensor, master: Tensor, known: bool) -> bool:
     then; writes through `.data` do not, so always all of a small weight and `SAMPLE` or more of
     a large one, at most 61 apart, are compared.
     """
+    return not torch.equal(*_compared(weight, master, known))
+
+
+def _compared(weight: Tensor, master: Tensor, known: bool) -> tuple[Tensor, Tensor]:
     every = min(61, max(1, weight.numel() // SAMPLE)) if known else 1
     mine, theirs = master.reshape(-1)[::every], weight.detach().reshape(-1)[::every]
-    return not torch.equal(mine.to(theirs), theirs)
+    return mine.to(theirs), theirs
 
 
 def fingerprint(weight: Tensor) -> Tensor:
@@ -127,17 +259,39 @@ def fingerprint(weight: Tensor) -> Tensor:
     in both. Folding a row's sum before it is weighed keeps its top bit, the sign of an element,
     from being shifted out or cancelled by another's.
     """
-    bits = weight.detach().contiguous().reshape(-1).view(torch.int16)
-    whole = bits.numel() // 256 * 256
-    rows, tail = bits[:whole], bits[whole:].long()
-    if rows.storage_offset() % 4:
-        rows = rows.clone()
-    rows = rows.view(torch.int64).view(-1, 64)  # not element by element: that needs a wider copy
-    by_row = torch.cat([rows.sum(1), tail.sum().view(1)])
-    by_column = torch.cat([rows.sum(0), tail])
-    return torch.stack([_weighed(by_row), _weighed(by_column)])
+    return fingerprints([weight])[0]
 
 
-def _weighed(sums: Tensor) -> Tensor:
-    folded = sums ^ (sums >> 31)
-    return (folded * torch.arange(1, 2 * sums.numel(), 2, device=sums.device)).sum()
+def fingerprints(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The fingerprint of each, two launches a weight and some for all of a device."""
+    found: dict[int, Tensor] = {}
+    for same in _alike(weights):
+        by_row: list[list[Tensor]] = []
+        by_column: list[list[Tensor]] = []
+        none = torch.zeros(1, dtype=torch.long, device=weights[same[0]].device)
+        for i in same:
+            bits = _halves(weights[i])
+            whole = bits.numel() // 256 * 256
+            rows, tail = bits[:whole], bits[whole:]
+            if rows.storage_offset() % 4:
+                rows = rows.clone()
+            rows = rows.view(torch.int64).view(-1, 64)  # element by element needs a wider copy
+            by_row.append([rows.sum(1), tail.long().sum().view(1) if len(tail) else none])
+            by_column.append([rows.sum(0), *([tail.long()] if len(tail) else [])])
+        both = torch.stack([_weighed(by_row), _weighed(by_column)], 1)
+        found |= dict(zip(same, both, strict=True))
+    return [found[i] for i in range(len(weights))]
+
+
+def _weighed(sums: Sequence[list[Tensor]]) -> Tensor:
+    """The weighed sum of each."""
+    counts = [sum(map(len, parts)) for parts in sums]
+    values = torch.cat([part for parts in sums for part in parts])
+    folded = values ^ (values >> 31)
+    ends = list(itertools.accumulate(counts))
+    begins = torch.tensor([0, *ends[:-1]], device=values.device)
+    lengths = torch.tensor(counts, device=values.device)
+    first = begins.repeat_interleave(lengths, output_size=len(values))
+    place = torch.arange(len(values), device=values.device) - first
+    upto = (folded * (2 * place + 1)).cumsum(0)[torch.tensor(ends, device=values.device) - 1]
+    return upto.diff(prepend=upto.new_zeros(1))

@@ -99,10 +99,10 @@ class Rule:
         Returns: the leaves that have a gradient, and their parameters.
         """
         stepped = [leaf for leaf in self.leaves.values() if leaf.tensor.grad is not None]
-        created = False
+        rounded = [leaf for leaf in stepped if precision.is_16bit(leaf.tensor.dtype)]
+        created = self._ready_masters(rounded)
         for leaf in stepped:
             if precision.is_16bit(leaf.tensor.dtype):
-                created |= self._ready_master(leaf)
                 gradient, leaf.tensor.grad = leaf.tensor.grad, None
                 assert gradient is not None
                 self._masters[leaf.piece].grad = gradient.float()
@@ -141,11 +141,14 @@ class Rule:
 
     def write(self, stepped: Iterable[Leaf]) -> None:
         """Round masters into the weights and free their gradients."""
+        stepped = list(stepped)
+        rounded = [leaf for leaf in stepped if leaf.piece in self._masters]
+        masters = [self._masters[leaf.piece] for leaf in rounded]
+        if masters:
+            torch._foreach_copy_([leaf.tensor for leaf in rounded], masters)
+        for master in masters:
+            master.grad = None
         for leaf in stepped:
-            parameter = self.parameter(leaf)
-            if parameter is not leaf.tensor:
-                leaf.tensor.copy_(parameter)
-                parameter.grad = None
             leaf.written()
         self.note_versions()
 
@@ -175,13 +178,17 @@ class Rule:
 
     def state(self, written: Collection[Leaf] = ()) -> State:
         """State and masters of the awake leaves, as they rest; `written` as in `retire`."""
-        return {key: value for state in self.states(written) for key, value in state.items()}
+        kept = self._kept_of(list(self.leaves.values()), written)
+        return {
+            (p, key): v
+            for p, found in zip(self.leaves, kept, strict=True)
+            for key, v in found.items()
+        }
 
-    def states(self, written: Collection[Leaf] = ()) -> Iterator[State]:
+    def states(self) -> Iterator[State]:
         """`state()`, leaf by leaf."""
-        safe = {leaf.piece for leaf in written}
         for piece, leaf in self.leaves.items():
-            values = self._kept_of(leaf, piece in safe)
+            [values] = self._kept_of([leaf])
             yield {(piece, name): value for name, value in values.items()}
 
     def holdings(self) -> dict[str, list[Tensor]]:
@@ -274,31 +281,54 @@ class Rule:
         for piece, leaf in self.leaves.items():
             self._versions[piece.name] = leaf.tensor._version
 
-    def _ready_master(self, leaf: Leaf) -> bool:
-        """Make the leaf's master hold its value in fp32; True if it is new."""
-        master = self._masters.get(leaf.piece)
-        if master is None:
-            # woken only now: the weights may be loaded after our state
-            halves = self._asleep.pop(leaf.piece, None)
-            master = precision.wake(halves, leaf.tensor) if halves else leaf.tensor.detach().float()
-            self._masters[leaf.piece] = master
+    def _ready_masters(self, leaves: Sequence[Leaf]) -> bool:
+        """Make the leaves' masters hold their values in fp32; True if any is new."""
+        new = [leaf for leaf in leaves if leaf.piece not in self._masters]
+        self._reread([leaf for leaf in leaves if leaf.piece in self._masters], versions=True)
+        # woken only now: the weights may be loaded after our state
+        asleep = [leaf for leaf in leaves if leaf.piece in self._asleep]
+        halves = [self._asleep.pop(leaf.piece) for leaf in asleep]
+        woken = precision.wake_all(halves, [leaf.tensor for leaf in asleep])
+        self._masters |= {leaf.piece: m for leaf, m in zip(asleep, woken, strict=True)}
+        for leaf in new:
+            if leaf.piece not in self._masters:
+                self._masters[leaf.piece] = leaf.tensor.detach().float()
             if leaf.tensor in self.inner.state:
-                self.inner.state[master] = self.inner.state.pop(leaf.tensor)
-            return True
-        known = self._versions.get(leaf.piece.name) == leaf.tensor._version
-        if self.master == "none" or precision.overwritten(leaf.tensor, master, known):
-            master.copy_(leaf.tensor)  # weights were loaded in place: they are the master now
-        return False
+                state = self.inner.state.pop(leaf.tensor)
+                self.inner.state[self._masters[leaf.piece]] = state
+        return bool(new)
 
-    def _kept_of(self, leaf: Leaf, safe: bool) -> Values:
-        values = dict(self.inner.state.get(self.parameter(leaf), {}))
-        values |= self._asleep.get(leaf.piece, {})
-        master = self._masters.get(leaf.piece)
-        if master is not None and self.master != "none":
-            if not safe and precision.overwritten(leaf.tensor, master, known=False):
-                master.copy_(leaf.tensor)
-            values |= precision.rest(master, leaf.tensor)
-        return values
+    def _reread(self, leaves: Sequence[Leaf], versions: bool) -> None:
+        """Where someone wrote to weights (loaded them in place) since we did, they are the masters.
+
+        Args:
+            versions: look closely only where a weight's version tells of a write.
+        """
+        masters = [self._masters[leaf.piece] for leaf in leaves]
+        tensors = [leaf.tensor for leaf in leaves]
+        ours = [versions and self._versions.get(x.piece.name) == x.tensor._version for x in leaves]
+        changed = [True] * len(leaves)
+        if self.master != "none":
+            changed = precision.overwritten_all(tensors, masters, ours)
+        for tensor, master, foreign in zip(tensors, masters, changed, strict=True):
+            if foreign:
+                master.copy_(tensor)
+
+    def _kept_of(self, leaves: Sequence[Leaf], written: Collection[Leaf] = ()) -> list[Values]:
+        found = [
+            {**self.inner.state.get(self.parameter(leaf), {}), **self._asleep.get(leaf.piece, {})}
+            for leaf in leaves
+        ]
+        held = [i for i, leaf in enumerate(leaves) if leaf.piece in self._masters]
+        if not held or self.master == "none":
+            return found
+        safe = {leaf.piece for leaf in written}
+        self._reread([leaves[i] for i in held if leaves[i].piece not in safe], versions=False)
+        masters = [self._masters[leaves[i].piece] for i in held]
+        kept = precision.rest_all(masters, [leaves[i].tensor for i in held])
+        for i, halves in zip(held, kept, strict=True):
+            found[i] |= halves
+        return found
 
     def parameter(self, leaf: Leaf) -> Tensor:
         return self._masters.get(leaf.piece, leaf.tensor)

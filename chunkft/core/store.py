@@ -15,7 +15,7 @@ import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -204,23 +204,23 @@ class Slab:
 
     def write(self, state: State) -> State:
         """Copy the tensors of `state` in; returns it with views of the slab in their place."""
-        offset = 0
+        offset, copies = 0, list[tuple[Tensor, Tensor]]()
 
         def place(tensor: Tensor) -> Tensor:
             nonlocal offset
             count = tensor.numel() * tensor.element_size()
             view = _shaped(self.bytes[offset : offset + count], tensor)
             offset += _aligned(tensor)
-            self._copy(view, tensor)
+            copies.append((view, tensor))
             return view
 
         self.coming = None
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream())
-        return {
+        placed = {
             name: place(value) if _counts_on_device(value) else mapped(value, place)
             for name, value in state.items()
         }
+        self._copy(copies)
+        return placed
 
     def fetch(self, device: torch.device) -> Tensor:
         """Start the copy of the whole slab to a CUDA `device`, on the side stream."""
@@ -267,15 +267,21 @@ class Slab:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
-    def _copy(self, view: Tensor, tensor: Tensor) -> None:
-        if not tensor.is_cuda:
-            view.copy_(tensor)
+    def _copy(self, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+        for view, tensor in copies:
+            if not tensor.is_cuda:
+                view.copy_(tensor)
+        there = [(view, tensor) for view, tensor in copies if tensor.is_cuda]
+        if not there:
             return
         assert self.stream is not None
+        self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
+            views, tensors = zip(*there, strict=True)
             # only pinned memory takes a copy that does not block; the file's pages block
-            view.copy_(tensor, non_blocking=self.path is None)
-        tensor.record_stream(self.stream)  # not reused before the copy has read it
+            torch._foreach_copy_(views, tensors, non_blocking=self.path is None)
+        for tensor in tensors:
+            tensor.record_stream(self.stream)  # not reused before the copy has read it
 
 
 def page_lock(raw: Tensor) -> bool:
