@@ -62,6 +62,8 @@ class Case:
     method: str
     """chunk | exact | lora | adamw (fp32 weights under autocast to bf16) | adamw-8bit."""
     chunks: int = 64
+    interval: int = 1
+    """T, optimizer steps of a visit; a step is then the mean over `steps`, whole visits."""
     layout: str = "spread"
     block: int | None = None
     """Elements of state on the device at once; None keeps the active chunk's there."""
@@ -72,8 +74,8 @@ class Case:
     """Weights rest on the host."""
     seq: int = 1024
     few: int = 4
-    """Chunks that are visited, over and over, one step each: host memory holds the state of these,
-    and every step moves state both ways as in a later cycle."""
+    """Chunks that are visited, over and over: host memory holds the state of these, and every visit
+    moves state both ways as in a later cycle."""
     steps: int = 8
     """Measured at most."""
 
@@ -86,6 +88,8 @@ class Case:
             words.append(f"K={self.chunks}")
         if self.method == "chunk":
             words.append(self.layout)
+        if self.interval > 1:
+            words.append(f"T={self.interval}")
         if self.block is not None:
             words.append(f"block {self.block / 2**20:g}M")
         words += ["checkpointing"] if self.checkpointing else []
@@ -147,7 +151,8 @@ def run(case: Case, device: str) -> dict[str, Any]:
     found: dict[str, Any] = {"parameters": size, "build_seconds": time.perf_counter() - begin}
     seconds, losses = timed(case, built, batches(case, config, device))
     found |= {"first_loss": losses[0], "last_loss": losses[-1]}
-    found |= {"seconds": statistics.median(seconds), "worst": max(seconds), "timed": len(seconds)}
+    middle = statistics.median if case.interval == 1 else statistics.fmean
+    found |= {"seconds": middle(seconds), "worst": max(seconds), "timed": len(seconds)}
     found["tokens_per_second"] = case.batch * case.seq / found["seconds"]
     found |= {f"{kind}_gib": bytes_ / GIB for kind, bytes_ in card_peaks().items()}
     found["pinned_gib"] = None
@@ -166,7 +171,7 @@ def run(case: Case, device: str) -> dict[str, Any]:
 
 def timed(case: Case, built: Built, given: Iterator[Batch]) -> tuple[list[float], list[float]]:
     """Seconds of each measured step, and the losses of all steps."""
-    warm_up = case.few + 1 if case.method == "chunk" else 1
+    warm_up = case.few * case.interval + 1 if case.method == "chunk" else 1
     losses = [built.step(next(given)) for _ in range(warm_up)]
     seconds: list[float] = []
     begin = before = time.perf_counter()
@@ -209,7 +214,7 @@ def build(case: Case, config: PretrainedConfig, device: str) -> Built:
     stream = stream_weights(model, device=device) if case.streamed else None
     settings: dict[str, Any] = {"exact": True}
     if case.method == "chunk":
-        settings = {"interval": 1, "layout": case.layout}
+        settings = {"interval": case.interval, "layout": case.layout}
     optimizer = ChunkedOptimizer(
         model,
         torch.optim.AdamW,
@@ -220,7 +225,9 @@ def build(case: Case, config: PretrainedConfig, device: str) -> Built:
         **RULE,
     )
     if case.method == "chunk":
-        optimizer.schedule = Few(case.chunks, interval=1, few=min(case.few, case.chunks))
+        optimizer.schedule = Few(
+            case.chunks, interval=case.interval, few=min(case.few, case.chunks)
+        )
     return Built(model, optimizer.step, offload(case, device), optimizer, stream)
 
 

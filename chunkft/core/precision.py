@@ -228,28 +228,27 @@ def _spread(values: Tensor, flat: Sequence[Tensor], parts: Sequence[_Part]) -> T
 def overwritten_all(
     weights: Sequence[Tensor], masters: Sequence[Tensor], known: Sequence[bool]
 ) -> list[bool]:
-    """`overwritten` of each; a CUDA device is asked once for all of them."""
-    each = list(zip(weights, masters, known, strict=True))
-    if not any(weight.is_cuda for weight in weights):
-        return [overwritten(*one) for one in each]
-    flags = [(mine != theirs).any() for mine, theirs in (_compared(*one) for one in each)]
-    return torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
-
-
-def overwritten(weight: Tensor, master: Tensor, known: bool) -> bool:
-    """Whether someone wrote to `weight` since `master` was rounded to it.
+    """Whether someone wrote to each weight since its master was rounded to it.
 
     In-place writes show in the version counter (`known` is False), and all elements are compared
     then; writes through `.data` do not, so always all of a small weight and `SAMPLE` or more of
-    a large one, at most 61 apart, are compared.
+    a large one, at most 61 apart, are compared. A CUDA device is asked once for all of them.
     """
-    return not torch.equal(*_compared(weight, master, known))
-
-
-def _compared(weight: Tensor, master: Tensor, known: bool) -> tuple[Tensor, Tensor]:
-    every = min(61, max(1, weight.numel() // SAMPLE)) if known else 1
-    mine, theirs = master.reshape(-1)[::every], weight.detach().reshape(-1)[::every]
-    return mine.to(theirs), theirs
+    mine: list[Tensor] = []
+    theirs: list[Tensor] = []
+    for weight, master, same in zip(weights, masters, known, strict=True):
+        every = min(61, max(1, weight.numel() // SAMPLE)) if same else 1
+        mine.append(master.reshape(-1)[::every].to(weight.dtype))
+        theirs.append(weight.detach().reshape(-1)[::every])
+    if any(values.is_cuda for values in theirs):
+        flags = [(a != b).any() for a, b in zip(mine, theirs, strict=True)]
+        return torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+    if any(values.is_cuda for values in mine):  # copies of streamed weights, which rest here
+        for same in _alike(mine):
+            arrived = torch.cat([mine[i] for i in same]).cpu()
+            for i, values in zip(same, arrived.split([len(mine[i]) for i in same]), strict=True):
+                mine[i] = values
+    return [not torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)]
 
 
 def fingerprint(weight: Tensor) -> Tensor:

@@ -148,8 +148,12 @@ class Rule:
             torch._foreach_copy_([leaf.tensor for leaf in rounded], masters)
         for master in masters:
             master.grad = None
-        for leaf in stepped:
-            leaf.written()
+        away = [(leaf.rest, leaf.tensor) for leaf in stepped if leaf.rest is not None]
+        if away:  # a streamed weight must have it where it rests
+            rests, tensors = zip(*away, strict=True)
+            torch._foreach_copy_(rests, tensors, non_blocking=True)
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
         self.note_versions()
 
     def retire(self, key: str, resting: bool = True, written: Collection[Leaf] = ()) -> None:

@@ -22,14 +22,14 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from chunkft.core.partition import Block, Chunk, Slice
-from chunkft.core.precision import overwritten
+from chunkft.core.precision import overwritten_all
 from chunkft.core.residence import residence_of
 from chunkft.core.sliced_ops import SlicedForward, repoint, rule_of
 from chunkft.errors import (
@@ -72,18 +72,6 @@ class Leaf:
         """The slice's storage in `weight` as it is now."""
         rows = weight.detach()
         return rows if self.whole else rows[self.piece.start : self.piece.stop]
-
-    def written(self) -> None:
-        """Our own write to `tensor` is done: the weight must have it where it rests."""
-        if self.rest is not None:
-            self.rest.copy_(self.tensor)
-
-    def reread(self, weight: Tensor) -> None:
-        """Take over what someone else wrote to the resting weight."""
-        assert self.rest is not None
-        if overwritten(self.rest, self.tensor, known=weight._version == self.version):
-            self.tensor.detach().copy_(self.rest)
-        self.version = weight._version
 
 
 class WorkingSet:
@@ -216,9 +204,9 @@ class WorkingSet:
         moved: list[Leaf] = []
         if (residence := residence_of(self.model)) is not None:
             residence.settle()
+        self._reread([leaf for leaf in self.leaves.values() if leaf.rest is not None])
         for leaf in self.leaves.values():
             if leaf.rest is not None:
-                leaf.reread(self.parameters[leaf.piece.name])
                 continue
             now = leaf.view(self.parameters[leaf.piece.name])
             if leaf.home != (home := _home(now)):
@@ -226,6 +214,17 @@ class WorkingSet:
                 repoint(leaf.tensor, now)
                 moved.append(leaf)
         return moved
+
+    def _reread(self, leaves: Sequence[Leaf]) -> None:
+        """Take over what someone else wrote to resting weights."""
+        versions = [self.parameters[leaf.piece.name]._version for leaf in leaves]
+        rests, tensors = [leaf.rest for leaf in leaves], [leaf.tensor.detach() for leaf in leaves]
+        ours = [leaf.version == now for leaf, now in zip(leaves, versions, strict=True)]
+        changed = overwritten_all(cast("list[Tensor]", rests), tensors, ours)
+        for leaf, now, foreign in zip(leaves, versions, changed, strict=True):
+            if foreign and leaf.rest is not None:
+                leaf.tensor.detach().copy_(leaf.rest)
+            leaf.version = now
 
     def _check_parameters(self) -> None:
         cure = "build ChunkedOptimizer after the model is changed"
