@@ -11,7 +11,9 @@ no dense gradient. (ChunkFT, arXiv 2605.21177, section 3.2.)
 
 A slice may consist of several leaves, adjacent in rows, when their step counts differ. The
 functions see W detached; its gradient reaches the leaves and nothing else. Everything kept for
-backward goes through `save_for_backward`, so activation checkpointing and offloading see it.
+backward goes through `save_for_backward`, so activation checkpointing and offloading see it. They
+have no `setup_context`, for which torch looks at the signature of `forward` in every call: 7B has
+224 linear layers, and a step at 1 x 1024 tokens waits for the host.
 """
 
 from collections.abc import Sequence
@@ -39,16 +41,11 @@ class SlicedLinear(Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, start: int, *leaves: Tensor
+        ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None, start: int, *leaves: Tensor
     ) -> Tensor:
+        ctx.start, ctx.rows = start, [leaf.shape[0] for leaf in leaves]
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
         return F.linear(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, ctx.start, *leaves = inputs
-        ctx.rows = [leaf.shape[0] for leaf in leaves]
-        needs_weight = ctx.needs_input_grad[0]
-        ctx.save_for_backward(x, weight if needs_weight else None)
 
     @staticmethod
     @once_differentiable
@@ -69,16 +66,14 @@ class SlicedConv1D(Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, start: int, *leaves: Tensor) -> Tensor:
+    def forward(
+        ctx: Context, x: Tensor, weight: Tensor, bias: Tensor, start: int, *leaves: Tensor
+    ) -> Tensor:
+        ctx.start, ctx.rows = start, [leaf.shape[0] for leaf in leaves]
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
         return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).reshape(
             *x.shape[:-1], weight.shape[1]
         )
-
-    @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, ctx.start, *leaves = inputs
-        ctx.rows = [leaf.shape[0] for leaf in leaves]
-        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
 
     @staticmethod
     @once_differentiable
@@ -103,15 +98,11 @@ class SlicedEmbedding(Function):
 
     @staticmethod
     def forward(
-        ids: Tensor, weight: Tensor, padding: int | None, start: int, *leaves: Tensor
+        ctx: Context, ids: Tensor, weight: Tensor, padding: int | None, start: int, *leaves: Tensor
     ) -> Tensor:
-        return F.embedding(ids, weight)
-
-    @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ids, _, ctx.padding, ctx.start, *leaves = inputs
-        ctx.rows = [leaf.shape[0] for leaf in leaves]
+        ctx.padding, ctx.start, ctx.rows = padding, start, [leaf.shape[0] for leaf in leaves]
         ctx.save_for_backward(ids)
+        return F.embedding(ids, weight)
 
     @staticmethod
     @once_differentiable

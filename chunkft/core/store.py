@@ -168,13 +168,16 @@ class Store:
         slab = self._slabs.get(key)
         # too large is one that a state lay in before it was encoded; a slab of the time before
         # model.to("cuda") has no stream
-        fits = slab is not None and size <= slab.size <= size + size // 4 + ALIGN
+        room = size + ALIGN * len(tensors)
+        fits = slab is not None and size <= slab.size <= room + size // 4 + ALIGN
         if slab is None or not fits or (cuda and slab.stream is None):
             if slab is not None:
                 slab.close()
             if cuda and self._stream is None:
                 self._stream = torch.cuda.Stream()
-            slab = self._slabs[key] = Slab(size, self._path(key), self._stream)
+            # with room for a few exceptions to low bits more, as the next visit may have: a new
+            # slab in every step, a gigabyte whose pages are locked anew, took half a second
+            slab = self._slabs[key] = Slab(room, self._path(key), self._stream)
         return slab
 
     def _path(self, key: str) -> Path | None:
@@ -337,6 +340,8 @@ def _reserve(path: Path, size: int) -> None:
 
 def _shaped(raw: Tensor, like: Tensor) -> Tensor:
     """The bytes `raw` as a tensor laid out as `like`: a fused rule walks all of them by address."""
+    if like.is_contiguous():
+        return raw.view(like.dtype).view(like.shape)
     strides = torch.empty_like(like, device="meta").stride()  # `like` may have gaps
     return raw.view(like.dtype).as_strided(like.shape, strides)
 

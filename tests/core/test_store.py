@@ -361,3 +361,19 @@ def test_on_a_gpu_a_resumed_run_goes_on(fused: bool, exact: bool) -> None:
         assert all(not x.is_cuda for x in resting if isinstance(x, torch.Tensor))
         found.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
     assert torch.equal(*found)
+
+
+# -- room --------------------------------------------------------------------------------------
+
+
+def test_a_few_exceptions_more_fit_where_the_state_lay(tmp_path: Path) -> None:
+    """How many elements of a master are exceptions changes a little from visit to visit."""
+    store = Store(tmp_path)
+    state = {i: torch.ones(200) for i in range(20)}
+    found: set[int] = set()
+    for exceptions in (0, 3, 1, 5):
+        store.put("0", {**state, "index": torch.ones(exceptions)})
+        found.add(id(store._slabs["0"]))
+        back = store.get("0", CPU)
+        assert back is not None and len(back["index"]) == exceptions
+    assert len(found) == 1

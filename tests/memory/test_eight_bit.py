@@ -14,7 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from chunkft.core import precision
 from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.core.partition import Slice
-from chunkft.core.store import Store
+from chunkft.core.store import ALIGN, Store
 from chunkft.memory import eight_bit
 from chunkft.memory.dry_run import dry_run, fake
 from chunkft.memory.eight_bit import UNSIGNED, EightBitMoments, dynamic_map
@@ -427,7 +427,7 @@ def test_a_slab_that_held_what_was_not_rounded_is_given_back(tmp_path: Path) -> 
     store.put("0", state)
     small = store._slabs["0"].size
     store.put("0", state, resting=False)
-    assert store._slabs["0"].size == 4 * value.numel()
+    assert 4 * value.numel() <= store._slabs["0"].size <= 4 * value.numel() + ALIGN
     store.put("0", state)
     assert store._slabs["0"].size == small
     woke = store.get("0", torch.device("cpu"))
