@@ -4,7 +4,6 @@
 labels. Everything else here is a line or two that several files need.
 """
 
-from collections.abc import Iterator
 from math import prod
 from typing import Any
 
@@ -153,16 +152,6 @@ class Ops(TorchDispatchMode):
         return result
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="where tests make tensors [cpu]")
-
-
 @pytest.fixture(autouse=True)
-def _same_numbers_everywhere(request: pytest.FixtureRequest) -> Iterator[None]:
+def _same_numbers_everywhere() -> None:
     torch.manual_seed(0)
-    device = request.config.getoption("--device")
-    if device == "cpu":
-        yield
-        return
-    with torch.device(device):
-        yield
