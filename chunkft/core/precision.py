@@ -191,7 +191,8 @@ def _batches(flat: Sequence[Tensor]) -> Iterator[list[_Part]]:
     if not flat:
         return
     total = sum(tensor.numel() for tensor in flat)
-    room = size = 2**21 if flat[0].is_cuda else max(2**18, total // 64)
+    size = 2**21 if flat[0].is_cuda else max(total // 64, min(2**18, total // 16), 1)
+    room = size
     parts: list[_Part] = []
     for i, tensor in enumerate(flat):
         start = 0

@@ -220,6 +220,7 @@ def _at_once(optimizer: ChunkedOptimizer) -> int:
     return max(sum(map(partition.elements, part.block)) for part in parts)
 
 
+@torch.no_grad()  # where `_Answers` takes nonzero for exceptions
 def _resting(optimizer: ChunkedOptimizer) -> float:
     """Bytes of the state that there is, the active chunk's too, if all of it rested."""
     state, codec = optimizer.state_dict()["state"], optimizer.store.codec
@@ -275,6 +276,7 @@ class _Kept:
     dtype: torch.dtype
 
 
+@torch.no_grad()  # as in `_resting`
 def _visit(optimizer: ChunkedOptimizer, chunk: int) -> None:
     """Begin a visit to `chunk` as if it were its turn."""
     if optimizer.exact:
