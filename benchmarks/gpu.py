@@ -86,14 +86,14 @@ def rows(cases: Sequence[Case], minutes: float, device: str = "cuda") -> Iterato
                 found = child("run", case, device, min(MOST, left()))
             ran.append((case, found, plan))
             while ran and (ran[0][2].done() or "seconds" not in ran[0][1]):
-                yield _told(*ran.popleft(), left())
+                yield _with_plan(*ran.popleft(), left())
         for row in ran:
-            yield _told(*row, left())
+            yield _with_plan(*row, left())
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _told(case: Case, found: Row, plan: Future[Row], seconds: float) -> Row:
+def _with_plan(case: Case, found: Row, plan: Future[Row], seconds: float) -> Row:
     if "seconds" not in found:
         return told(case, found, {})
     try:

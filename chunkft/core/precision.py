@@ -185,14 +185,12 @@ def _alike(weights: Sequence[Tensor]) -> list[list[int]]:
 def _batches(flat: Sequence[Tensor]) -> Iterator[list[_Part]]:
     """Parts of all tensors, some together.
 
-    On a CPU a batch stays in its cache; on CUDA, where each costs launches and a wait, it is
-    larger. Both are a fraction of a chunk in memory.
+    On a CPU a batch stays in its cache and is no larger than the largest tensor, so small ones cost
+    nothing more beside it; on CUDA, where each batch costs launches and a wait, it is larger.
     """
-    if not flat:
-        return
-    total = sum(tensor.numel() for tensor in flat)
-    size = 2**21 if flat[0].is_cuda else max(total // 64, min(2**18, total // 16), 1)
-    room = size
+    largest = max((tensor.numel() for tensor in flat), default=0)
+    on_card = bool(flat) and flat[0].is_cuda
+    room = size = 2**21 if on_card else min(largest, max(2**18, largest // 64))
     parts: list[_Part] = []
     for i, tensor in enumerate(flat):
         start = 0
@@ -263,9 +261,9 @@ def fingerprint(weight: Tensor) -> Tensor:
 
 
 def fingerprints(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The fingerprint of each, two launches a weight and some for all of a device."""
+    """The fingerprint of each, two launches a weight and some for many together."""
     found: dict[int, Tensor] = {}
-    for same in _alike(weights):
+    for same in (part for alike in _alike(weights) for part in _together(weights, alike)):
         by_row: list[list[Tensor]] = []
         by_column: list[list[Tensor]] = []
         none = torch.zeros(1, dtype=torch.long, device=weights[same[0]].device)
@@ -281,6 +279,20 @@ def fingerprints(weights: Sequence[Tensor]) -> list[Tensor]:
         both = torch.stack([_weighed(by_row), _weighed(by_column)], 1)
         found |= dict(zip(same, both, strict=True))
     return [found[i] for i in range(len(weights))]
+
+
+def _together(weights: Sequence[Tensor], which: Sequence[int]) -> Iterator[list[int]]:
+    """Those whose sums are weighed in one go: on a CPU no more sums than the largest has alone."""
+    sums = {i: 64 + weights[i].numel() // 256 + weights[i].numel() % 256 for i in which}
+    most = room = 2**18 if weights[which[0]].is_cuda else max(sums.values())
+    part: list[int] = []
+    for i in which:
+        if part and sums[i] > room:
+            yield part
+            part, room = [], most
+        part.append(i)
+        room -= sums[i]
+    yield part
 
 
 def _weighed(sums: Sequence[list[Tensor]]) -> Tensor:

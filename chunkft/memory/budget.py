@@ -43,8 +43,7 @@ class Device:
 
 
 DEVICES = {
-    # what torch says a card has is 0.35 to 0.8 GiB less than this; measured on the H200: 0.6 for
-    # that, 0.8 for the context, from 0.25 for gaps. The others' are estimates.
+    # on the H200 the context took 0.75 to 0.85 GiB and gaps 0.2 to 1.6; the others' are estimates
     "rtx-4090-24gib": Device(24564 * 2**20, 165e12, 1.008e12, 25e9, GIB * 5 // 4),
     "a100-80gib": Device(81920 * 2**20, 312e12, 2.039e12, 25e9, GIB * 3 // 2),
     "h100-80gb": Device(81559 * 2**20, 989e12, 3.35e12, 50e9, GIB * 3 // 2),
