@@ -44,6 +44,10 @@ class LostGradientError(ChunkFTError, RuntimeError):
     """An active slice took part in the forward pass but its gradient was lost."""
 
 
+class DriftError(ChunkFTError, RuntimeError):
+    """Ranks that must have the same weights have parted."""
+
+
 class CoverageError(ChunkFTError, RuntimeError):
     """Some trainable element did not get the steps it was due."""
 

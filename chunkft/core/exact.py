@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from chunkft.core import precision
 from chunkft.core.partition import Slice
+from chunkft.core.ranks import Ranks, held
 from chunkft.core.sliced_ops import repoint
 from chunkft.core.store import Store
 from chunkft.core.working_set import Hook, Leaf
-from chunkft.errors import InputError
+from chunkft.errors import InputError, UnsupportedError
 
 # An element's update depends on nothing but this element's weight, gradient and state. A subclass
 # may do anything.
@@ -52,14 +53,15 @@ class Gradients:
     Args:
         weights: trainable parameters by name.
         store: gradients lie where states rest.
+        ranks: that train the weights together.
 
     `stand_ins` have the weights' shapes and carry the gradients, on whatever device those are:
     what GradScaler and accelerate find in the optimizer's groups.
     """
 
-    def __init__(self, weights: dict[str, nn.Parameter], store: Store):
-        self.weights, self.store = weights, store
-        self.stand_ins = {name: _hollow(weight) for name, weight in weights.items()}
+    def __init__(self, weights: dict[str, nn.Parameter], store: Store, ranks: Ranks):
+        self.weights, self.store, self.ranks = weights, store, ranks
+        self.stand_ins = {name: _hollow(held(weight)) for name, weight in weights.items()}
         self._rooms: dict[str, Tensor | None] = {}
         self._devices: dict[str, torch.device] = {}  # where backward makes them
         self._handles: list[Any] = []
@@ -88,22 +90,36 @@ class Gradients:
         gradient, weight.grad = weight.grad, None
         if gradient is None:
             return
+        gradient = self.ranks.arrived(gradient)
         if gradient.is_sparse:
             gradient = gradient.to_dense()
         stand_in = self.stand_ins[name]
         if name not in self._rooms:
             self._rooms[name] = self.store.room(f"gradient-{len(self._rooms)}", gradient)
         self._devices[name] = gradient.device
-        room, held = self._rooms[name], stand_in.grad
+        room, so_far = self._rooms[name], stand_in.grad
         if room is None:
-            total = gradient if held is None else held.add_(gradient)
+            total = gradient if so_far is None else so_far.add_(gradient)
         else:
             total = room
-            self._send(gradient, room, add=held is not None)
-        if held is None:
+            self._send(gradient, room, add=so_far is not None)
+        if so_far is None:
             # a Tensor takes a gradient of its own device and dtype only
             repoint(stand_in, _hollow(total))
             stand_in.grad = total
+
+    def average(self, scale: Tensor | None) -> Tensor | None:
+        """As `Ranks.average`."""
+        self._settle()
+        names = list(self.stand_ins)
+
+        def fill(i: int) -> None:
+            weight = self.weights[names[i]]
+            weight.grad = torch.zeros_like(weight)
+            self.take(names[i], weight)
+            self._settle()
+
+        return self.ranks.average(list(self.stand_ins.values()), scale, fill)
 
     def norm(self, scale: Tensor | None) -> Tensor:
         """Norm of all gradients in fp32, divided by `scale`, in the model's order."""
@@ -136,9 +152,8 @@ class Gradients:
             gradient = stand_in.grad
             if gradient is None:
                 continue
-            rows = gradient[piece.start : piece.stop] if gradient.dim() else gradient
-            leaf.tensor.grad = rows.to(leaf.tensor.device, non_blocking=True)
-            if leaf.whole or piece.stop == stand_in.shape[0]:
+            leaf.tensor.grad = leaf.of(gradient).to(leaf.tensor.device, non_blocking=True)
+            if leaf.whole or leaf.first + piece.rows == stand_in.shape[0]:
                 stand_in.grad = None
         return leaves
 
@@ -179,10 +194,22 @@ class _Collector(Hook):
         self.gradients.take(self.name, weight)
 
 
-def refuse_schedule(**settings: tuple[Any, Any]) -> None:
-    """Raise InputError for schedule settings (value, default) that someone has set."""
-    for name, (value, default) in settings.items():
-        if value != default:
+def refuse_whole(rule: type[torch.optim.Optimizer]) -> None:
+    """Raise UnsupportedError if `rule` needs whole tensors, which no rank has of sharded ones."""
+    if rule not in ELEMENTWISE:
+        raise UnsupportedError(
+            f"{rule.__name__} is not elementwise: exact=True gives it whole tensors, which no rank "
+            f"has where weights are sharded; use AdamW, or leave exact out"
+        )
+
+
+SCHEDULE = {"interval": 20, "order": "cyclic", "moments": "persist", "seed": 0, "block": None}
+
+
+def refuse_schedule(**settings: Any) -> None:
+    """Raise InputError for a setting of `SCHEDULE` that someone has set to another value."""
+    for name, value in settings.items():
+        if value != SCHEDULE[name]:
             raise InputError(
                 f"{name}={value!r} has no meaning with exact=True, where every chunk takes part in "
                 f"every step; leave it out"

@@ -1,12 +1,13 @@
 """Parameter groups: which group a parameter is in, and hyperparameters copied between groups."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from chunkft.core import precision
+from chunkft.core.partition import Tensor as Outline
 from chunkft.errors import InputError
 
 Member = TypeVar("Member")
@@ -52,6 +53,11 @@ def split(
     for name, member in members:
         found[groups[name]].append(member)
     return found
+
+
+def outline(weights: Mapping[str, nn.Parameter]) -> list[Outline]:
+    """What the cut needs to know of parameters."""
+    return [Outline(name, tuple(p.shape), p.numel() * cost(p.dtype)) for name, p in weights.items()]
 
 
 def cost(dtype: torch.dtype) -> int:

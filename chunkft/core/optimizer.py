@@ -9,10 +9,11 @@ Every slice keeps its own state and so its own step count c_k (ChunkFT, arXiv 26
 Device bytes: weights + (gradient + master + state) of one chunk, N/K elements.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from math import sqrt
 from pathlib import Path
 from typing import Any, cast
@@ -24,15 +25,14 @@ from torch.nn.utils import get_total_norm
 from chunkft.core import coverage, precision, resume
 from chunkft.core import groups as groups_
 from chunkft.core.checks import check_counts, check_settings
-from chunkft.core.exact import Gradients, cuts_of, refuse_schedule
-from chunkft.core.groups import Member
+from chunkft.core.exact import Gradients, cuts_of, refuse_schedule, refuse_whole
 from chunkft.core.partition import Block, Partition, Slice, cut
-from chunkft.core.partition import Tensor as Shape
-from chunkft.core.passes import Clip, Rest, rests, step_in_passes
+from chunkft.core.passes import Clip, rests, step_in_passes
+from chunkft.core.ranks import refuse_wrapped
 from chunkft.core.rule import Rule, Values
 from chunkft.core.schedule import Schedule
 from chunkft.core.store import State, Store
-from chunkft.core.working_set import WorkingSet, refuse_parallel
+from chunkft.core.working_set import WorkingSet
 from chunkft.errors import InputError, NonFiniteGradientError, UnsupportedError
 
 
@@ -57,15 +57,15 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             after every step. The rule always computes in fp32.
         max_grad_norm: clip the active chunk to max_grad_norm * sqrt(its elements / all elements),
             so that the setting means the same at every K; in exact mode the whole gradient to
-            max_grad_norm. None does not clip. Clipping of
-            `model.parameters()`, which Trainer does by default (its max_grad_norm=1.0), finds no
-            gradient there: set it here, and 0 there.
+            max_grad_norm. None does not clip. Clipping of `model.parameters()`, which Trainer does
+            by default (its max_grad_norm=1.0), finds no gradient there: set it here, and 0 there.
         seed: of the shuffled order.
         **optimizer_kwargs: of `optimizer_class`, such as lr.
 
     Raises:
         InputError: a setting out of its range, a parameter in no group or in two.
-        UnsupportedError: the model is wrapped for data parallelism.
+        DriftError: of several ranks some have other weights.
+        UnsupportedError: the model is wrapped for data parallelism, or sharded within rows.
     """
 
     # GradScaler hands found_inf and grad_scale to step() instead of skipping it
@@ -94,43 +94,39 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         self.store = store if isinstance(store, Store) else Store(store)
         if exact:
             refuse_schedule(
-                interval=(interval, 20),
-                order=(order, "cyclic"),
-                moments=(moments, "persist"),
-                seed=(seed, 0),
-                block=(self.store.block, None),
+                interval=interval, order=order, moments=moments, seed=seed, block=self.store.block
             )
-        refuse_parallel(model)
+        refuse_wrapped(model)
         self._working_set = WorkingSet(model)
-        self._weights = self._working_set.parameters
-        costs = [
-            Shape(name, tuple(p.shape), p.numel() * groups_.cost(p.dtype))
-            for name, p in self._weights.items()
-        ]
+        self._weights, self._ranks = self._working_set.parameters, self._working_set.ranks
         self._cuts = cuts_of(optimizer_class, optimizer_kwargs)
-        self.partition: Partition = cut(costs, chunks, layout, **self._cuts if exact else {})
-        self.layout = layout
+        if exact and self._ranks.sharded:
+            refuse_whole(optimizer_class)
+        self._cut = partial(
+            *(cut, groups_.outline(self._weights), chunks, layout), **self._cuts if exact else {}
+        )
+        self._take(self._cut(shards=self._ranks.shards), self._ranks.shards)
         self.schedule = Schedule(chunks, 1 if exact else interval, order, seed)
-        self.moments, self.max_grad_norm = moments, max_grad_norm
-        self._steps = 0
+        self.layout, self.moments, self.max_grad_norm = layout, moments, max_grad_norm
+        self._steps, self._attached = 0, False
         self._fresh = False  # a visit has begun whose state is yet to be revived, in blocks
         self._active: int | None = None  # chunk attached to the model
-        self._attached = False
-        self._gradients = Gradients(self._weights, self.store) if exact else None
-        self._book = {piece: coverage.Record() for chunk in self.partition for piece in chunk}
+        self._gradients = Gradients(self._weights, self.store, self._ranks) if exact else None
+        self._book = {piece: coverage.Record() for chunk in self._own for piece in chunk}
         self._warned: set[str] = set()
         self._norm: Tensor | None = None
         group_of, settings = groups_.assign(self._weights, groups)
 
         try:
-            first = self.partition[self.schedule.chunk(0)]
+            k = self.schedule.chunk(0)
             if not exact:
-                self._working_set.attach(first)
+                self._working_set.attach(self.partition[k])
             self._rule = Rule(
                 optimizer_class,
                 settings,
                 group_of,
-                self._working_set.view(first) if exact else self._working_set.leaves,
+                self._working_set.view(self._own[k]) if exact else self._working_set.leaves,
+                self._ranks.device,
                 store=self.store,
                 master=master,
                 **optimizer_kwargs,
@@ -176,6 +172,11 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         return {**self._rule.bytes, "resting": self.store.nbytes}
 
     @property
+    def reduced_bytes(self) -> int:
+        """Of gradients that were averaged over ranks so far, by FSDP too."""
+        return self._ranks.reduced
+
+    @property
     def rule(self) -> torch.optim.Optimizer:
         """The torch optimizer that steps on the active leaves or their masters."""
         return self._rule.inner
@@ -186,7 +187,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         if self._gradients is not None:
             held["gradient"] += self._gradients.on_device()
         if self.store.block:
-            held["gradient"] += self._waiting()
+            held["gradient"] += self._working_set.waiting()
         return {**held, "resting": self.store.tensors()}
 
     def audit(self) -> coverage.Audit:
@@ -195,7 +196,9 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         Raises:
             CoverageError: a chunk whose visit is over was not stepped, or got no gradient at all.
         """
-        return coverage.audit(self.partition, self.schedule, self._steps, self._book, self.exact)
+        return coverage.audit(
+            self.partition, self._own, self.schedule, self._steps, self._book, self.exact
+        )
 
     # -- a step ---------------------------------------------------------------------------------
 
@@ -216,7 +219,8 @@ class ChunkedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self.train()
         scale = cast("Tensor | None", getattr(self, "grad_scale", None))
-        if bool(getattr(self, "found_inf", None)):
+        found_inf = cast("Tensor | None", getattr(self, "found_inf", None))
+        if found_inf is not None and self._ranks.any(bool(found_inf)):
             self.zero_grad()
         elif self._gradients is not None:
             self._step_all(self._gradients, scale)
@@ -227,23 +231,26 @@ class ChunkedOptimizer(torch.optim.Optimizer):
     def _step_active(self, scale: Tensor | None) -> None:
         self._working_set.collect()
         self._working_set.check_lost()
+        leaves = [leaf.tensor for leaf in self._working_set.leaves.values()]
+        scale = self._ranks.average(leaves, scale)
         used = {leaf.piece for leaf, _ in self._working_set.gradients()}
         k, sizes, limit = self._active, self.partition.sizes(), self.max_grad_norm
         assert k is not None
         limit = None if limit is None else limit * sqrt(sizes[k] / sum(sizes))
         if self.store.block:
-            self._norm = precision.total_norm(self._waiting(), scale)
+            self._norm = self._ranks.norm(precision.total_norm(self._working_set.waiting(), scale))
             self._refuse_non_finite()
             step_in_passes(
-                *(self._rule, self.param_groups, self._rests(k), self._working_set.part),
-                *(self._waiting, scale, Clip(limit, self._norm)),
+                *(self._rule, self.param_groups, self._rests[k], self._working_set.part),
+                *(self._working_set.waiting, scale, Clip(limit, self._norm)),
                 (lambda block: partial(self._revive, block)) if self._fresh else None,
             )
             self._fresh = False
             self._rule.wake(None, self._working_set.leaves)
         else:
             stepped, parameters = self._rule.load(scale)
-            self._norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+            self._norm = self._ranks.norm(norm)
             self._refuse_non_finite()
             Clip(limit, self._norm).apply(parameters)
             self._rule.step(self.param_groups)
@@ -255,23 +262,21 @@ class ChunkedOptimizer(torch.optim.Optimizer):
 
     def _step_all(self, gradients: Gradients, scale: Tensor | None) -> None:
         gradients.collect()
-        self._norm = gradients.norm(scale)
+        scale = gradients.average(scale)
+        self._norm = self._ranks.norm(gradients.norm(scale))
         self._refuse_non_finite()
         names = gradients.names()
         step_in_passes(
-            *(self._rule, self.param_groups, self._rests()),
+            *(self._rule, self.param_groups, list(chain(*self._rests))),
             lambda block: gradients.given_to(self._working_set.view(block)),
-            *(self._waiting, scale, Clip(self.max_grad_norm, self._norm)),
+            *(self._working_set.waiting, scale, Clip(self.max_grad_norm, self._norm)),
         )
         used = {piece for piece in self._book if piece.name in names}
         coverage.note(self._book, self._book, used, self._steps)
         if not self._steps:
             self._warned |= coverage.warn_unused(self._book, self._book, self._warned)
+        self._ranks.compare(self._weights.values(), self._steps)
         self._steps += 1
-
-    def _waiting(self) -> list[Tensor]:
-        """Gradients of the active chunk that wait for their block's turn."""
-        return [gradient for _, gradient in self._working_set.gradients()]
 
     def train(self) -> None:
         """Make ready for a forward pass; Trainer and accelerate call it before each.
@@ -284,7 +289,6 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         """
         if not self._attached:
             raise UnsupportedError("the optimizer is detached; build a new one to go on training")
-        refuse_parallel(self._working_set.model)
         for leaf in self._working_set.refresh():
             self._rule.follow(leaf)
         if not self.exact:
@@ -319,6 +323,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         if self.schedule.last_step_of_visit(self._steps):
             leaves, known = self._working_set.leaves, self._warned
             self._warned |= coverage.warn_unused(self._book, leaves, known)
+            self._ranks.compare((leaf.tensor for leaf in leaves.values()), self._steps)
         self._steps += 1
         following = self.active
         if following != self._active:
@@ -331,11 +336,20 @@ class ChunkedOptimizer(torch.optim.Optimizer):
 
     # -- switching ------------------------------------------------------------------------------
 
+    def _take(self, partition: Partition, shards: int) -> None:
+        self.partition, self._shards = partition, shards
+        self._own = [self._working_set.own(chunk) for chunk in partition]
+        self._rests = [
+            rests(chunk, k, partition.shapes, self.store.block, self._cuts)
+            for k, chunk in enumerate(self._own)
+        ]
+
     def _attach(self, k: int | None, new_visit: bool) -> None:
         self._attached, self._active = True, k
         if k is None:
             assert self._gradients is not None
             self._gradients.attach()
+            self._ranks.guard(self._working_set.model)
             self._place()
             return
         self._working_set.attach(self.partition[k])
@@ -343,22 +357,16 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             self._fresh = new_visit
             self._rule.wake(None, self._working_set.leaves)
         else:
-            [(key, block)] = self._rests(k)
+            [(key, block)] = self._rests[k]
             revive = partial(self._revive, block) if new_visit else None
             self._rule.wake(key, self._working_set.leaves, revive)
         self._place()
-
-    def _rests(self, *which: int) -> list[Rest]:
-        """Where the state of these chunks rests, or of all."""
-        of = which or range(len(self.partition))
-        cuts, size = self._cuts, self.store.block
-        return [rest for k in of for rest in rests(self.partition, k, size, cuts)]
 
     def _retire(self, resting: bool) -> None:
         """Move the active chunk's state to the store, as its visit so far leaves it."""
         assert self._active is not None
         if self._fresh:  # no step has revived it
-            for key, block in self._rests(self._active):
+            for key, block in self._rests[self._active]:
                 leaves = self._working_set.part(block, consume=False)
                 self._rule.wake(key, leaves, partial(self._revive, block))
                 self._rule.retire(key, resting)
@@ -369,22 +377,17 @@ class ChunkedOptimizer(torch.optim.Optimizer):
 
     def _revive(self, block: Block, piece: Slice, values: Values) -> Values:
         """What a new visit leaves of the state of a slice of `block`."""
-        if self.moments == "reset":
-            return {}
         if self.moments == "decay":
             gap = self._steps - 1 - self._book[block[piece]].last
             resume.decay_first_moment(values, self.param_groups[self._rule.groups[piece.name]], gap)
-        return values
+        return {} if self.moments == "reset" else values
 
     def _place(self) -> None:
         """Fill the group dicts, which stay the same objects, with what carries gradients."""
-        carriers = self._gradients and self._by_group(self._gradients.stand_ins.items())
+        carriers = self._gradients and self._rule.split(self._gradients.stand_ins.items())
         members = carriers or self._rule.by_group()
         for group, tensors in zip(self.param_groups, members, strict=True):
             group["params"] = tensors
-
-    def _by_group(self, members: Iterable[tuple[str, Member]]) -> list[list[Member]]:
-        return groups_.split(self._rule.groups, self._rule.group_count, members)
 
     # -- leaving the model, and coming back -----------------------------------------------------
 
@@ -436,7 +439,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             self._retire(resting=False)
         for k in range(len(self.partition)):
             if k != self._active or self.store.block:
-                for key, block in self._rests(k):
+                for key, block in self._rests[k]:
                     yield resume.part(block, self._book, read(key) or {})
                 continue
             for piece, kept in zip(self._rule.leaves, self._rule.states(), strict=True):
@@ -444,9 +447,10 @@ class ChunkedOptimizer(torch.optim.Optimizer):
 
     def _header(self) -> dict[str, Any]:
         return resume.header(
-            *(self.partition, self.schedule, self.param_groups, self._names_by_group()),
+            *(self.partition, self.schedule, self.param_groups, self._rule.names()),
             steps=self._steps,
             layout=self.layout,
+            shards=self._shards,
             rule=type(self._rule.inner).__name__,
             moments=self.moments,
             exact=self.exact,
@@ -463,23 +467,22 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         Raises:
             StateError: it belongs to another model, or a value cannot be cut (named).
         """
-        saved = resume.check(
-            state_dict,
-            type(self._rule.inner).__name__,
-            self.partition.shapes,
-            self._names_by_group(),
-        )
+        rule, shapes = type(self._rule.inner).__name__, self.partition.shapes
+        saved = resume.check(state_dict, rule, shapes, self._rule.names())
         theirs = saved.schedule.chunks, saved.layout, saved.exact
         same_cut = theirs == (self.schedule.chunks, self.layout, self.exact)
         self.train()
-        if same_cut:
-            found = saved.partition, resume.records(saved)
-        else:
-            found = resume.recut(saved, self.partition, self._weights)
+        rows_of = self._working_set.rows_of
+        even = saved.shards % self._ranks.shards == 0  # on fewer ranks too
+        shards = saved.shards if same_cut or even else self._ranks.shards
+        found = saved.partition, resume.records(saved)
+        if not same_cut:
+            found = resume.recut(saved, self._cut(shards=shards), rows_of)
         self.zero_grad()
         self.store.clear()
         self._rule.forget()
-        self.partition, self._book = found
+        self._take(found[0], shards)
+        self._book = self._working_set.own_of(found[1])
         same = same_cut and replace(self.schedule, start=saved.schedule.start) == saved.schedule
         start = saved.schedule.start if same else saved.steps
         self._steps = saved.steps
@@ -488,13 +491,10 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             groups_.copy_settings(loaded, group)
         # of the active chunk what was saved may not have rested yet: it must not be rounded
         k, device_of = self.active, self._working_set.device_of
-        awake = {rest.key for rest in (() if k is None else self._rests(k))}
-        for key, state in resume.states(saved, self._rests(), self._weights):
+        awake = {rest.key for rest in (() if k is None else self._rests[k])}
+        for key, state in resume.states(saved, chain(*self._rests), rows_of):
             if state:
                 self.store.put(key, resume.to_device(state, device_of), key not in awake)
         # a visit begins here unless the saved run was in the middle of one
         visit_begins = (self._steps - start) % self.schedule.interval == 0
         self._attach(self.active, new_visit=visit_begins and start != saved.schedule.start)
-
-    def _names_by_group(self) -> list[list[str]]:
-        return self._by_group((name, name) for name in self._rule.groups)

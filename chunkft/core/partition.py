@@ -37,6 +37,7 @@ class Slice(NamedTuple):
 
 
 Chunk = tuple[Slice, ...]
+Shapes = Mapping[str, tuple[int, ...]]
 Block = dict[Slice, Slice]
 """Slices that rest and wake together, each with the slice of the chunk in which it lies."""
 
@@ -68,7 +69,7 @@ class Partition(Sequence[Chunk]):
         PartitionError: a row is covered twice or not at all, or a chunk is empty.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], chunks: Sequence[Sequence[Slice]]):
+    def __init__(self, shapes: Shapes, chunks: Sequence[Sequence[Slice]]):
         position = {name: i for i, name in enumerate(shapes)}
         self.shapes = dict(shapes)
         self._chunks = tuple(
@@ -122,11 +123,18 @@ class Partition(Sequence[Chunk]):
 
 
 def cut(
-    tensors: Sequence[Tensor], chunks: int, layout: str, whole: bool = False, grain: int = 1
+    tensors: Sequence[Tensor],
+    chunks: int,
+    layout: str,
+    whole: bool = False,
+    grain: int = 1,
+    shards: int = 1,
 ) -> Partition:
     """Cut `tensors` into `chunks` chunks; with `whole`, at their borders only.
 
-    Within a tensor cuts lie where a multiple of `grain` elements precedes them.
+    Within a tensor cuts lie where a multiple of `grain` elements precedes them. Of tensors whose
+    rows `shards` ranks share in equal parts, each part is cut alike: every rank has an equal part
+    of every chunk.
 
     Raises:
         PartitionError: nothing to train, chunks < 1, or more chunks than there are atoms.
@@ -138,6 +146,9 @@ def cut(
         )
     if layout not in LAYOUTS:
         raise PartitionError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
+    shapes, full = {t.name: t.shape for t in tensors}, tensors
+    if shards > 1:
+        tensors = [_shard(t, shards) for t in tensors]
     total = sum(t.cost for t in tensors)
     whole_below = WHOLE_BELOW * total / max(chunks, 1)
     uncut = [whole or len(t.shape) < 2 or t.cost < whole_below for t in tensors]
@@ -157,12 +168,34 @@ def cut(
             f"choose a number in that range"
         )
     deal = _stream if layout == "stream" else _spread
-    return Partition({t.name: t.shape for t in tensors}, deal(tensors, atoms, heights, chunks))
+    found = deal(tensors, atoms, heights, chunks)
+    if shards > 1:
+        rows = {t.name: t.rows for t in full}
+        found = [_on_all(chunk, rows, shards) for chunk in found]
+    return Partition(shapes, found)
+
+
+def _shard(tensor: Tensor, shards: int) -> Tensor:
+    """The rows of the first rank, who has the most."""
+    rows = -(-tensor.rows // shards)
+    return Tensor(tensor.name, (rows, *tensor.shape[1:]), -(-tensor.cost * rows // tensor.rows))
+
+
+def _on_all(chunk: list[Slice], rows: Mapping[str, int], shards: int) -> list[Slice]:
+    """The slices of the first rank, and those of all others that have as many rows."""
+    found: list[Slice] = []
+    for name, start, stop in chunk:
+        each = -(-rows[name] // shards)
+        for first in range(0, rows[name], each):
+            last = min(first + stop, first + each, rows[name])
+            if last > first + start:
+                found.append(Slice(name, first + start, last))
+    return found
 
 
 def blocks(
     chunk: Chunk,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Shapes,
     size: int,
     whole: bool = False,
     grain: int = 1,

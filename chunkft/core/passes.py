@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from chunkft.core.partition import Block, Partition, Slice, blocks
+from chunkft.core.partition import Block, Chunk, Shapes, Slice, blocks
 from chunkft.core.rule import Revive, Rule
 from chunkft.core.working_set import Leaf
 
@@ -36,12 +36,13 @@ class Clip(NamedTuple):
             clip_grads_with_norm_(parameters, self.limit, self.norm)
 
 
-def rests(partition: Partition, k: int, size: int | None, cuts: dict[str, Any]) -> list[Rest]:
-    """Of chunk k: one, or one a block of `size` elements, cut as `cuts` says."""
-    chunk = partition[k]
+def rests(
+    chunk: Chunk, k: int, shapes: Shapes, size: int | None, cuts: dict[str, Any]
+) -> list[Rest]:
+    """Of `chunk`, the k-th: one, or one a block of `size` elements, cut as `cuts` says."""
     if size is None:
         return [Rest(str(k), {piece: piece for piece in chunk})]
-    parts = blocks(chunk, partition.shapes, size, **cuts)
+    parts = blocks(chunk, shapes, size, **cuts)
     return [Rest(f"{k}.{i}", part) for i, part in enumerate(parts)]
 
 

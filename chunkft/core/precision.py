@@ -53,6 +53,19 @@ def wake(kept: dict[str, Tensor], weight: Tensor) -> Tensor:
     return wake_all([kept], [weight])[0]
 
 
+def cut(kept: dict[str, Tensor], start: int, stop: int, weight: Tensor) -> dict[str, Tensor]:
+    """Of what `rest` kept, the elements [start, stop), which are those of `weight`.
+
+    Without the rest of the weight nobody can say whether somebody wrote to it.
+    """
+    found = {CHECK: fingerprint(weight)}
+    if WHOLE in kept:
+        return found | {WHOLE: kept[WHOLE].reshape(-1)[start:stop].reshape(weight.shape)}
+    inside = (kept[INDEX] >= start) & (kept[INDEX] < stop)
+    index, high = kept[INDEX][inside] - start, kept[HIGH][inside]
+    return found | {LOW: kept[LOW].reshape(-1)[start:stop], INDEX: index, HIGH: high}
+
+
 def rest_all(masters: Sequence[Tensor], weights: Sequence[Tensor]) -> list[dict[str, Tensor]]:
     """`rest` of each, many in one operation: a chunk has hundreds of slices, which all cost a
     launch for every operation and a wait for every question asked of them alone."""

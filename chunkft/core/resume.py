@@ -14,6 +14,7 @@ count of its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from chunkft.core import precision
 from chunkft.core.coverage import Book, Record
-from chunkft.core.partition import Block, Partition, Slice
+from chunkft.core.partition import Block, Partition, Shapes, Slice
 from chunkft.core.schedule import Schedule
 from chunkft.core.store import State, mapped
 from chunkft.errors import ChunkFTError, InputError, StateError
@@ -30,7 +31,8 @@ from chunkft.errors import ChunkFTError, InputError, StateError
 FORMAT = 2
 SavedState = dict[str, list[dict[str, Any]]]
 States = Iterator[tuple[str, State]]  # by key in the store
-Weights = Mapping[str, Tensor]
+RowsOf = Callable[[Slice], Tensor | None]
+"""Of a slice the rows of its weight, or None where this rank does not hold all of them."""
 
 
 class Saved(NamedTuple):
@@ -40,6 +42,8 @@ class Saved(NamedTuple):
     schedule: Schedule
     layout: str
     exact: bool
+    shards: int
+    """Equal parts of each tensor that were cut alike (see `partition.cut`)."""
     partition: Partition
     records: Book
     values: dict[Slice, dict[str, Any]]
@@ -134,9 +138,15 @@ def check(
         schedule = Schedule(**state_dict["schedule"])
     except (ChunkFTError, KeyError) as e:
         raise StateError(f"the saved partition does not fit this model: {e}") from e
-    exact = state_dict.get("exact", False)
     return Saved(
-        state_dict["steps"], schedule, state_dict["layout"], exact, partition, records, values
+        state_dict["steps"],
+        schedule,
+        state_dict["layout"],
+        state_dict.get("exact", False),
+        state_dict.get("shards", 1),
+        partition,
+        records,
+        values,
     )
 
 
@@ -151,19 +161,19 @@ def records(saved: Saved) -> Book:
     }
 
 
-def recut(saved: Saved, partition: Partition, weights: Weights) -> tuple[Partition, Book]:
+def recut(saved: Saved, partition: Partition, rows_of: RowsOf) -> tuple[Partition, Book]:
     """`partition` with slices split where the step counts saved for their rows differ.
 
     Raises:
         StateError: a value is not elementwise.
     """
-    old = _parts(saved)
+    old, view = _parts(saved), _View(saved.partition.shapes, rows_of)
     # without their elements: what cannot be cut must raise before anything is replaced
     outline = [
         [
             part
             for piece in chunk
-            for part in _join(_cut(old[piece.name], piece, weights, dry=True), weights)
+            for part in _join(_cut(old[piece.name], piece, view, dry=True), view)
         ]
         for chunk in partition
     ]
@@ -171,19 +181,19 @@ def recut(saved: Saved, partition: Partition, weights: Weights) -> tuple[Partiti
     return Partition(partition.shapes, [[p.piece for p in parts] for parts in outline]), book
 
 
-def states(saved: Saved, rests: Iterable[tuple[str, Block]], weights: Weights) -> States:
+def states(saved: Saved, rests: Iterable[tuple[str, Block]], rows_of: RowsOf) -> States:
     """The saved values cut for `rests`, which are of a partition that `recut` made, or of its own.
 
     What was saved by other slices needs the weights it was saved with.
     """
-    old = _parts(saved)
+    old, view = _parts(saved), _View(saved.partition.shapes, rows_of)
     for key, block in rests:
         state: State = {}
         for piece in block:
             values = saved.values.get(piece)
             if values is None:
-                [(_, _, values)] = _join(_cut(old[piece.name], piece, weights), weights)
-                _rest(piece, values, weights)
+                [(_, _, values)] = _join(_cut(old[piece.name], piece, view), view)
+                _rest(piece, values, rows_of)
             state |= {(piece, name): value for name, value in values.items()}
         yield key, state
 
@@ -200,16 +210,21 @@ def _parts(saved: Saved) -> dict[str, list["_Part"]]:
     return {name: sorted(parts, key=lambda part: part.piece) for name, parts in found.items()}
 
 
-def _rest(piece: Slice, values: dict[str, Any], weights: Weights) -> None:
+class _View(NamedTuple):
+    shapes: Shapes
+    rows: RowsOf
+
+    def shape(self, piece: Slice) -> tuple[int, ...]:
+        full = self.shapes[piece.name]
+        return (piece.rows, *full[1:]) if full else ()
+
+
+def _rest(piece: Slice, values: dict[str, Any], rows_of: RowsOf) -> None:
     """The master as it goes to the store: what its weight lacks."""
     if precision.WHOLE in values:
-        master = values.pop(precision.WHOLE)
-        values.update(precision.rest(master, _weight(piece, weights)))
-
-
-def _weight(piece: Slice, weights: Weights) -> Tensor:
-    weight = weights[piece.name].detach()
-    return weight[piece.start : piece.stop] if weight.dim() else weight
+        master, weight = values.pop(precision.WHOLE), rows_of(piece)
+        assert weight is not None
+        values.update(precision.rest(master, weight))
 
 
 class _Part(NamedTuple):
@@ -218,46 +233,49 @@ class _Part(NamedTuple):
     values: dict[str, Any]
 
 
-def _cut(parts: Iterable[_Part], wanted: Slice, weights: Weights, dry: bool = False) -> list[_Part]:
+def _cut(parts: Iterable[_Part], wanted: Slice, view: _View, dry: bool = False) -> list[_Part]:
     """What lies in the rows `wanted`; without elements (on "meta") if `dry`."""
     found: list[_Part] = []
     for piece, record, saved in parts:
         start, stop = max(piece.start, wanted.start), min(piece.stop, wanted.stop)
-        if start < stop:
-            part = Slice(piece.name, start, stop)
-            values = _awake(piece, saved, weights, dry)
-            if part != piece:
-                values = {k: _rows(piece, k, v, part, weights) for k, v in values.items()}
-            found.append(_Part(part, Record(**record.__dict__), values))
+        if start >= stop:
+            continue
+        part, values = Slice(piece.name, start, stop), dict(saved)
+        halves = {key: values.pop(key) for key in precision.KEYS if key in values}
+        if dry:
+            values = {key: mapped(value, lambda t: t.to("meta")) for key, value in values.items()}
+        if part != piece:
+            values = {k: _rows(piece, k, v, part, view) for k, v in values.items()}
+        if halves:  # whole, or it could not be joined to another
+            values[precision.WHOLE] = _master(piece, part, halves, view, dry)
+        found.append(_Part(part, Record(**record.__dict__), values))
     return found
 
 
-def _awake(piece: Slice, saved: dict[str, Any], weights: Weights, dry: bool) -> dict[str, Any]:
-    """A slice's values with its master whole, which alone can be cut."""
-    values = dict(saved)
-    halves = {key: values.pop(key) for key in precision.KEYS if key in values}
+def _master(piece: Slice, part: Slice, halves: dict[str, Tensor], view: _View, dry: bool) -> Tensor:
+    """Rows `part` of the master of `piece`."""
     if dry:
-        values = {key: mapped(value, lambda t: t.to("meta")) for key, value in values.items()}
-    if halves:
-        weight = _weight(piece, weights)
-        values[precision.WHOLE] = (
-            torch.empty_like(weight, dtype=torch.float32, device="meta")
-            if dry
-            else precision.wake(halves, weight)
-        )
-    return values
+        return torch.empty(view.shape(part), dtype=torch.float32, device="meta")
+    first, row = part.start - piece.start, prod(view.shapes[piece.name][1:])
+    weight = view.rows(piece)
+    if weight is not None:
+        master = precision.wake(halves, weight)
+        return master if part == piece else master[first : first + part.rows].clone()
+    weight = view.rows(part)
+    assert weight is not None
+    halves = precision.cut(halves, first * row, (first + part.rows) * row, weight)
+    return precision.wake(halves, weight)
 
 
-def _rows(piece: Slice, key: str, value: Any, part: Slice, weights: Weights) -> Any:
+def _rows(piece: Slice, key: str, value: Any, part: Slice, view: _View) -> Any:
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
-    _check_elementwise(piece, key, value, weights)
+    _check_elementwise(piece, key, value, view)
     return value[part.start - piece.start : part.stop - piece.start].clone()
 
 
-def _check_elementwise(piece: Slice, key: str, value: Tensor, weights: Weights) -> None:
-    shape = (piece.rows, *weights[piece.name].shape[1:])
-    if value.shape != shape or is_traceable_wrapper_subclass(value):
+def _check_elementwise(piece: Slice, key: str, value: Tensor, view: _View) -> None:
+    if value.shape != view.shape(piece) or is_traceable_wrapper_subclass(value):
         raise StateError(
             f"{piece.name}: state {key!r} of shape {tuple(value.shape)} is not elementwise, so "
             f"rows [{piece.start}, {piece.stop}) cannot be cut or joined; resume with the saved "
@@ -265,17 +283,17 @@ def _check_elementwise(piece: Slice, key: str, value: Tensor, weights: Weights) 
         )
 
 
-def _join(parts: list[_Part], weights: Weights) -> list[_Part]:
+def _join(parts: list[_Part], view: _View) -> list[_Part]:
     joined: list[_Part] = []
     for part in parts:
-        if joined and (merged := _merge(joined[-1], part, weights)):
+        if joined and (merged := _merge(joined[-1], part, view)):
             joined[-1] = merged
         else:
             joined.append(part)
     return joined
 
 
-def _merge(a: _Part, b: _Part, weights: Weights) -> _Part | None:
+def _merge(a: _Part, b: _Part, view: _View) -> _Part | None:
     if a.record.updates != b.record.updates or a.values.keys() != b.values.keys():
         return None
     values: dict[str, Any] = {}
@@ -283,7 +301,7 @@ def _merge(a: _Part, b: _Part, weights: Weights) -> _Part | None:
         right = b.values[key]
         if isinstance(left, Tensor) and left.dim() > 0:
             for part, value in ((a, left), (b, right)):
-                _check_elementwise(part.piece, key, value, weights)
+                _check_elementwise(part.piece, key, value, view)
             values[key] = torch.cat([left, right])
         elif left != right:
             return None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from chunkft.core import groups as groups_
 from chunkft.core import precision
+from chunkft.core.groups import Member
 from chunkft.core.partition import Slice
 from chunkft.core.store import State, Store, nbytes, plain
 from chunkft.core.working_set import Leaf
@@ -34,6 +35,7 @@ class Rule:
         settings: of each group, without "params".
         group_of: index of a parameter's group, by its name.
         leaves: the first chunk's.
+        device: where they work, of which a rank may have none.
         master: "auto", "fp32" or "none".
         **kwargs: of `optimizer_class`.
     """
@@ -44,13 +46,14 @@ class Rule:
         settings: Sequence[dict[str, Any]],
         group_of: dict[str, int],
         leaves: Mapping[Slice, Leaf],
+        device: torch.device,
         *,
         store: Store,
         master: str,
         **kwargs: Any,
     ):
         self.store, self.master = store, master
-        self.leaves = leaves
+        self.leaves, self._device = leaves, device
         self.groups, self.group_count = group_of, len(settings)
         self.bytes: dict[str, int] = {}
         """By kind, of the largest working set so far."""
@@ -178,7 +181,7 @@ class Rule:
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.leaves.values())).tensor.device
+        return next((leaf.tensor.device for leaf in self.leaves.values()), self._device)
 
     def state(self, written: Collection[Leaf] = ()) -> State:
         """State and masters of the awake leaves, as they rest; `written` as in `retire`."""
@@ -230,8 +233,15 @@ class Rule:
 
     def by_group(self) -> list[list[Tensor]]:
         """The leaves of each group."""
-        tensors = ((piece.name, leaf.tensor) for piece, leaf in self.leaves.items())
-        return groups_.split(self.groups, self.group_count, tensors)
+        return self.split((piece.name, leaf.tensor) for piece, leaf in self.leaves.items())
+
+    def names(self) -> list[list[str]]:
+        """The parameters of each group."""
+        return self.split((name, name) for name in self.groups)
+
+    def split(self, members: Iterable[tuple[str, Member]]) -> list[list[Member]]:
+        """(parameter name, member) pairs as lists, one a group."""
+        return groups_.split(self.groups, self.group_count, members)
 
     def place(self) -> None:
         """Fill the inner group dicts, which stay the same objects, with the parameters."""

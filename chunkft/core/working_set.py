@@ -28,8 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from chunkft.core.coverage import Book
 from chunkft.core.partition import Block, Chunk, Slice
 from chunkft.core.precision import overwritten_all
+from chunkft.core.ranks import Ranks, held, is_sharded, reshard, show_dtypes
 from chunkft.core.residence import residence_of
 from chunkft.core.sliced_ops import SlicedForward, repoint, rule_of
 from chunkft.errors import (
@@ -60,7 +62,10 @@ class Leaf:
 
     piece: Slice
     tensor: Tensor
+    first: int
+    """Its first row in what this rank holds of the weight."""
     whole: bool
+    """Whether it is all that this rank holds of the weight."""
     home: tuple[Any, ...] = ()
     """Address, dtype and device of its storage when last looked at."""
     rest: Tensor | None = None
@@ -70,8 +75,11 @@ class Leaf:
 
     def view(self, weight: Tensor) -> Tensor:
         """The slice's storage in `weight` as it is now."""
-        rows = weight.detach()
-        return rows if self.whole else rows[self.piece.start : self.piece.stop]
+        return self.of(held(weight))
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The slice's rows of a tensor that has all rows of the weight that this rank holds."""
+        return tensor if self.whole else tensor[self.first : self.first + self.piece.rows]
 
 
 class WorkingSet:
@@ -87,6 +95,9 @@ class WorkingSet:
     def __init__(self, model: nn.Module):
         refuse_attached(model)
         self.model = model
+        show_dtypes(model)
+        reshard(model)
+        self._sharded = any(map(is_sharded, model.parameters()))
         self.parameters = trainable(model)
         self.leaves: dict[Slice, Leaf] = {}
         self._handles: list[RemovableHandle] = []
@@ -100,8 +111,35 @@ class WorkingSet:
                 name = by_id.get(id(parameter))
                 if name is not None:
                     self._places.append((name, module, attribute))
-                    if attribute == "weight" and (rule := rule_of(module)):
+                    # a gathered weight is another tensor than the one that is trained
+                    sliced = attribute == "weight" and not self._sharded
+                    if sliced and (rule := rule_of(module)):
                         self._owners[name].append((module, rule))
+        first = next(iter(self.parameters), None)
+        device = torch.device("cpu") if first is None else self.device_of(first)
+        self.ranks = Ranks(self.parameters, device)
+
+    def own(self, chunk: Iterable[Slice]) -> Chunk:
+        """What this rank holds of `chunk`."""
+        return tuple(piece for whole in chunk if (piece := self._own(whole)).rows > 0)
+
+    def own_of(self, book: Book) -> Book:
+        """Of records of slices those of what this rank holds of them."""
+        pieces = ((self._own(piece), record) for piece, record in book.items())
+        return {piece: record for piece, record in pieces if piece.rows > 0}
+
+    def rows_of(self, piece: Slice) -> Tensor | None:
+        """The slice's rows of its weight; None where this rank does not hold all of them."""
+        if self._own(piece) != piece:
+            return None
+        weight = self.parameters[piece.name]
+        first = piece.start - self.ranks.rows(weight.shape[0] if weight.dim() else 1).start
+        return _rows(held(weight), first, first + piece.rows)
+
+    def _own(self, piece: Slice) -> Slice:
+        shape = self._shapes[piece.name]
+        rows = self.ranks.rows(shape[0] if shape else 1)
+        return Slice(piece.name, max(piece.start, rows.start), min(piece.stop, rows.stop))
 
     def view(self, chunk: Iterable[Slice]) -> dict[Slice, Leaf]:
         """Leaves of `chunk`, with nothing attached to the model."""
@@ -124,12 +162,14 @@ class WorkingSet:
                 if piece.stop == leaf.piece.stop:
                     leaf.tensor.grad = None
             whole = leaf.whole and piece == leaf.piece
-            found[piece] = Leaf(piece, tensor, whole, _home(tensor), rest)
+            found[piece] = Leaf(piece, tensor, leaf.first + start, whole, _home(tensor), rest)
         return found
 
     def _leaf(self, piece: Slice) -> Leaf:
         weight = self.parameters[piece.name]
-        leaf = Leaf(piece, torch.empty(0), piece.rows == (weight.shape[0] if weight.dim() else 1))
+        rows = self.ranks.rows(weight.shape[0] if weight.dim() else 1)
+        first, whole = piece.start - rows.start, piece.rows == rows.stop - rows.start
+        leaf = Leaf(piece, torch.empty(0), first, whole)
         residence = residence_of(self.model)
         home = residence.home(weight) if residence else None
         if home is not None:
@@ -149,8 +189,9 @@ class WorkingSet:
     def attach(self, chunk: Chunk) -> None:
         """Make exactly the slices of `chunk` trainable."""
         self.detach(restore=False)
-        touched: dict[str, list[Slice]] = defaultdict(list)
-        for piece in chunk:
+        # where this rank has no row of a tensor, the others need it in the collective all the same
+        touched: dict[str, list[Slice]] = {piece.name: [] for piece in chunk}
+        for piece in self.own(chunk):
             touched[piece.name].append(piece)
         for name, parameter in self.parameters.items():
             # An unused gradient of an inactive weight would never be consumed.
@@ -158,6 +199,7 @@ class WorkingSet:
             parameter.requires_grad_(name in touched)
         for name, pieces in touched.items():
             self._attach_tensor(name, sorted(pieces))
+        self.ranks.guard(self.model)
         self.model.__dict__[MARK] = _Thaw(list(self.parameters.values()))
         self.keep_truncation()
 
@@ -165,7 +207,9 @@ class WorkingSet:
         weight = self.parameters[name]
         leaves = [self._leaf(piece) for piece in pieces]
         self.leaves.update((leaf.piece, leaf) for leaf in leaves)
-        self._handles.append(weight.register_post_accumulate_grad_hook(_Mover(leaves)))
+        self._handles.append(weight.register_post_accumulate_grad_hook(_Mover(leaves, self.ranks)))
+        if not self._owners[name]:
+            return
         adjacent = all(a.stop == b.start for a, b in itertools.pairwise(pieces))
         stock = leaves[0].whole or not adjacent  # autograd's whole gradient; the hook moves it
         for module, rule in self._owners[name]:
@@ -185,6 +229,7 @@ class WorkingSet:
             if forward.module.__dict__.get("forward") is forward:
                 del forward.module.__dict__["forward"]
         self._handles, self._forwards, self.leaves = [], [], {}
+        self.ranks.release()
         self.model.__dict__.pop(MARK, None)
         if restore:
             for parameter in self.parameters.values():
@@ -200,6 +245,9 @@ class WorkingSet:
         Raises:
             ReplacedParameterError: a Parameter object is no longer the one it was.
         """
+        self.ranks.check_count()
+        if self._sharded:
+            reshard(self.model)
         self._check_parameters()
         moved: list[Leaf] = []
         if (residence := residence_of(self.model)) is not None:
@@ -267,13 +315,18 @@ class WorkingSet:
         for name in {piece.name for piece in self.leaves}:
             weight = self.parameters[name]
             if weight.grad is not None:
-                _Mover([x for piece, x in self.leaves.items() if piece.name == name])(weight)
+                leaves = [x for piece, x in self.leaves.items() if piece.name == name]
+                _Mover(leaves, self.ranks)(weight)
 
     def gradients(self) -> Iterator[tuple[Leaf, Tensor]]:
         """Leaves that have a gradient, with it."""
         for leaf in self.leaves.values():
             if leaf.tensor.grad is not None:
                 yield leaf, leaf.tensor.grad
+
+    def waiting(self) -> list[Tensor]:
+        """Gradients of the attached chunk, those that wait for their block's turn in a step."""
+        return [gradient for _, gradient in self.gradients()]
 
     def drop_gradients(self) -> None:
         for leaf in self.leaves.values():
@@ -327,19 +380,20 @@ class Hook:
 class _Mover(Hook):
     """The post-accumulate hook: rows of W.grad go to the leaves, W.grad goes away."""
 
-    def __init__(self, leaves: Sequence[Leaf]):
-        self.leaves = leaves
+    def __init__(self, leaves: Sequence[Leaf], ranks: Ranks):
+        self.leaves, self.ranks = leaves, ranks
 
     def __call__(self, weight: Tensor) -> None:
         gradient, weight.grad = weight.grad, None
         if gradient is None:  # an input of a compiled graph that the sliced rule has served
             return
+        gradient = self.ranks.arrived(gradient)
         for leaf in self.leaves:
             rows = gradient
             if not leaf.whole:
                 rows = gradient.to_dense() if gradient.is_sparse else gradient
                 # cloned, so that the dense gradient can go
-                rows = rows[leaf.piece.start : leaf.piece.stop].clone()
+                rows = leaf.of(rows).clone()
             if rows.device != leaf.tensor.device or rows.dtype != leaf.tensor.dtype:
                 repoint(leaf.tensor, leaf.view(weight))  # model.to(...) since the last step
             if leaf.tensor.grad is None:
@@ -358,19 +412,3 @@ def refuse_attached(model: nn.Module) -> None:
             raise InputError(
                 f"{name} belongs to a ChunkedOptimizer already; call detach() on that one first"
             )
-
-
-def refuse_parallel(model: nn.Module) -> None:
-    """Raise UnsupportedError under data parallelism: ranks would part silently."""
-    distributed = torch.distributed
-    world = (
-        distributed.get_world_size()
-        if distributed.is_available() and distributed.is_initialized()
-        else 1
-    )
-    wrapped = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-    if world > 1 or wrapped:
-        raise UnsupportedError(
-            f"{type(model).__name__} in {world} processes: chunks are not synchronised between "
-            f"devices yet; run one process, with one GPU visible (CUDA_VISIBLE_DEVICES=0)"
-        )

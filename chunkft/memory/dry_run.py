@@ -215,8 +215,8 @@ def dry_run(
 def _at_once(optimizer: ChunkedOptimizer) -> int:
     """Elements of the largest block; of rules that are not elementwise it has whole slices."""
     partition, size = optimizer.partition, optimizer.store.block
-    cuts = cuts_of(type(optimizer.rule), optimizer.defaults)
-    parts = [part for k in range(len(partition)) for part in rests(partition, k, size, cuts)]
+    cuts, shapes = cuts_of(type(optimizer.rule), optimizer.defaults), partition.shapes
+    parts = [x for k, chunk in enumerate(partition) for x in rests(chunk, k, shapes, size, cuts)]
     return max(sum(map(partition.elements, part.block)) for part in parts)
 
 

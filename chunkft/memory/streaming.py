@@ -33,8 +33,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 from torch.utils.hooks import RemovableHandle
 
+from chunkft.core.ranks import refuse_wrapped
 from chunkft.core.residence import RESIDENCE, residence_of
-from chunkft.core.working_set import refuse_attached, refuse_parallel
+from chunkft.core.working_set import refuse_attached
 from chunkft.errors import InputError, NoLayersError, UnsupportedError
 from chunkft.memory.arena import Arena, Slot
 from chunkft.memory.units import Fill, Unit, bring_others, find_units, is_table
@@ -384,7 +385,7 @@ def stream_weights(
     if residence_of(model) is not None:
         raise InputError("the weights of this model are streamed already; detach() that stream")
     refuse_attached(model)
-    refuse_parallel(model)
+    refuse_wrapped(model)
     if hasattr(model, "_orig_mod"):
         raise UnsupportedError("a compiled model holds its weights in its graph; stream it as is")
     first = next(model.parameters(), None)

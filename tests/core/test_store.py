@@ -325,7 +325,7 @@ def test_step_counts_go_where_the_rule_reads_them(fused: bool) -> None:
     model = torch.nn.Linear(2, 2)
     optimizer = ChunkedOptimizer(model, torch.optim.AdamW, lr=1e-3, fused=fused, chunks=1)
     (piece,) = [p for p in optimizer.partition[0] if p.name == "weight"]
-    elsewhere = Leaf(piece, torch.empty(2, 2, device="meta"), whole=True)
+    elsewhere = Leaf(piece, torch.empty(2, 2, device="meta"), first=0, whole=True)
     found = optimizer._rule._counting(elsewhere, {"step": torch.tensor(3.0), "m": torch.ones(2, 2)})
     assert found["step"].device.type == ("meta" if fused else "cpu")
     assert found["m"].device.type == "cpu"

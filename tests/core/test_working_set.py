@@ -278,7 +278,7 @@ def test_an_error_while_detached_attaches_again() -> None:
 
 
 def test_data_parallel_is_refused_with_the_cure() -> None:
-    with pytest.raises(UnsupportedError, match=r"DataParallel.*CUDA_VISIBLE_DEVICES=0"):
+    with pytest.raises(UnsupportedError, match=r"DataParallel knows only.*the model itself"):
         ChunkedOptimizer(nn.DataParallel(Net()), optim.AdamW, lr=1e-2, chunks=2)
 
 
@@ -295,15 +295,11 @@ def world() -> Iterator[Callable[[int], None]]:
         torch.distributed.destroy_process_group()
 
 
-def test_several_processes_are_refused(world: Callable[[int], None]) -> None:
+def test_processes_that_come_later_are_refused(world: Callable[[int], None]) -> None:
     model, optimizer = build()
-    other = Net()
     world(2)
-    with pytest.raises(UnsupportedError, match="in 2 processes"):
-        ChunkedOptimizer(other, optim.AdamW, lr=1e-2, chunks=2)
-    assert all(p.requires_grad for p in other.parameters())
     before = weights(model)
-    with pytest.raises(UnsupportedError, match="in 2 processes"):
+    with pytest.raises(UnsupportedError, match="has 2 ranks, 1 when the optimizer was built"):
         train(model, optimizer, 1)
     assert_same(before, weights(model))
 
