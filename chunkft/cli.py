@@ -14,6 +14,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ chunkft: full-parameter fine-tuning in the memory of an adapter
   chunkft reward train a model to score answers
   chunkft plan   what that takes, and the settings that fit a memory; needs no weights, no GPU
   chunkft merge  an adapter and its base become one plain model
+  chunkft consolidate  what several processes have saved becomes one plain model
   chunkft demo   see it work: SmolLM2-135M learns a task in a few minutes on a CPU
 
   chunkft <command> --help   what it takes
@@ -134,8 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"chunkft {__version__}")
         return 0
+    rank = int(os.environ.get("RANK", "0"))  # of torchrun and accelerate launch
     commands = {name: partial(_recipe, name) for name in RECIPES}
-    commands |= {"plan": _plan, "merge": _merge, "demo": _demo}
+    commands |= {"plan": _plan, "merge": _merge, "consolidate": _consolidate, "demo": _demo}
     try:
         if command not in commands:
             raise InputError(f"unknown command {command!r}; use one of {', '.join(commands)}")
@@ -143,14 +146,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         _quiet()
-        return commands[command](words[1:])
+        if not rank:
+            return commands[command](words[1:])
+        warnings.simplefilter("ignore")  # all ranks of a run tell the same
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            return commands[command](words[1:])
     except KeyboardInterrupt:
         print("chunkft: stopped; what was saved before is whole", file=sys.stderr)
         return 130
     except ChunkFTError as e:
         if os.environ.get("CHUNKFT_TRACEBACK"):
             raise
-        print(f"chunkft: error: {' '.join(str(e).split())}", file=sys.stderr)
+        where = f" on rank {rank}" if "RANK" in os.environ else ""
+        print(f"chunkft: error{where}: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
 
 
@@ -259,6 +267,21 @@ def _merge(words: list[str]) -> int:
     from chunkft.recipes import merge
 
     return merge.run(options)
+
+
+def _consolidate(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="chunkft consolidate",
+        description="Write the weights that a run with --shard fsdp has saved in DIR, rank by "
+        "rank, as a plain model to OUT. A few tensors are in memory at a time.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", metavar="DIR", help="a run's folder, or a checkpoint of it")
+    parser.add_argument("out", metavar="OUT", help="an empty folder")
+    options = parser.parse_args(words)
+    from chunkft.recipes import consolidate
+
+    return consolidate.run(options)
 
 
 def _demo(words: list[str]) -> int:

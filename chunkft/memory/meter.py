@@ -6,7 +6,8 @@ which is how `plan` predicts; what a kernel takes for itself and gives back is n
 
 Kinds on the device:
 
-    weights      parameters and buffers; of streamed ones the slots that they visit
+    weights      parameters and buffers; of streamed ones the slots that they visit; of sharded
+                 ones this rank's share, and what is gathered
     gradient     of the active slices, in 16 and in 32 bits, and those accumulated by exact mode
     master       fp32 copies of the active slices, or their low bits before they wake; the leaves
                  of streamed weights, which are copies too
@@ -33,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from chunkft.core.optimizer import ChunkedOptimizer
+from chunkft.core.ranks import held
 from chunkft.core.residence import residence_of
 from chunkft.core.store import plain
 
@@ -115,6 +117,7 @@ class Meter(TorchDispatchMode):
         self._count, self._began = 0, time.perf_counter()
         self._stepping = False
         self._handles: list[Any] = []
+        self._gathered: dict[int, Any] = {}  # storages that change their size
 
     def __enter__(self) -> "Meter":
         for model in (self.model, *self.beside):
@@ -139,6 +142,9 @@ class Meter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func.namespace == "fsdp":
+            self._see_gathered(args, kwargs or {})
+        self._follow_gathered()
         for value in tree_iter(result):
             for tensor in plain(value) if isinstance(value, Tensor) else ():
                 self._see(tensor, self._passing(tensor))
@@ -152,11 +158,30 @@ class Meter(TorchDispatchMode):
                 self._see(tensor, "weights")
         for parameter in model.parameters():
             home = None if stream is None else stream.home(parameter)
-            self._see(parameter, "weights" if home is None else RESTING)
+            self._see(held(parameter), "weights" if home is None else RESTING)
             for tensor in scales_of(parameter):
                 self._see(tensor, "weights")
         for tensor in model.buffers():
             self._see(tensor, "weights")
+
+    def _see_gathered(self, args: Any, kwargs: dict[str, Any]) -> None:
+        """Whole weights that FSDP has put together: storages that it empties and fills anew."""
+        for tensor in tree_iter(kwargs.get("out")):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                number = self._see(tensor, "weights")
+                self._kinds[number] = self._now[number] = "weights"
+                self._gathered[id(storage)] = weakref.ref(storage)
+
+    def _follow_gathered(self) -> None:
+        for key, alive in list(self._gathered.items()):
+            storage, known = alive(), self._known.get(key)
+            if storage is None or known is None:
+                del self._gathered[key]
+            elif (size := storage.nbytes()) != known.size:
+                change = size - known.size
+                self._events.append(_Event(time.perf_counter(), known.number, change, ""))
+                self._known[key] = known._replace(size=size)
 
     def _passing(self, tensor: Tensor) -> str:
         if self._stepping:
@@ -192,10 +217,10 @@ class Meter(TorchDispatchMode):
 
     def _look(self) -> None:
         """Give kinds to what the optimizer holds now."""
-        held = holdings(self.optimizer, self.model)
+        have = holdings(self.optimizer, self.model)
         found: dict[int, str] = {}
         # what has gone to rest first: it makes room for what comes
-        for kind, tensors in sorted(held.items(), key=lambda item: item[0] != RESTING):
+        for kind, tensors in sorted(have.items(), key=lambda item: item[0] != RESTING):
             # beside a card the slab of a chunk has low bits of its masters, too: it is state
             found |= {self._see(tensor, kind): kind for tensor in tensors}
         for number, kind in found.items():
@@ -219,14 +244,14 @@ class Meter(TorchDispatchMode):
                 now[kind] += sizes[number]
                 kinds[number] = kind
             else:
-                sizes[number] = size
+                sizes[number] = sizes.get(number, 0) + size
                 now[kinds[number]] += size
-            for name, held in now.items():
-                highest[name] = max(highest[name], held)
+            for name, bytes_now in now.items():
+                highest[name] = max(highest[name], bytes_now)
             total = sum(now.values()) - now[RESTING]
             if total >= fullest.total or i % every == 0:
-                held = {name: now[name] for name in KINDS}
-                reading = Reading(seconds - self._began, held, now[RESTING])
+                by_kind = {name: now[name] for name in KINDS}
+                reading = Reading(seconds - self._began, by_kind, now[RESTING])
                 fullest = reading if i % every == 0 or total > fullest.total else fullest
                 peak = max(peak, reading, key=lambda r: r.total)
             if (i + 1) % every == 0 or i + 1 == len(self._events):

@@ -134,7 +134,7 @@ def find_units(model: nn.Module, asked: list[nn.Module] | None, resident: int = 
         UnsupportedError: a weight is no plain tensor.
     """
     names = {module: name for name, module in model.named_modules()}
-    layers = _layers(model) if asked is None else list(dict.fromkeys(asked))
+    layers = layers_of(model) if asked is None else list(dict.fromkeys(asked))
     if strange := [m for m in layers if m not in names or m is model]:
         raise InputError(f"units: {type(strange[0]).__name__} is not a part of the model")
     if not 0 <= resident < max(1, len(layers)):
@@ -165,12 +165,12 @@ def find_units(model: nn.Module, asked: list[nn.Module] | None, resident: int = 
     return found
 
 
-def _layers(module: nn.Module) -> list[nn.Module]:
+def layers_of(module: nn.Module) -> list[nn.Module]:
     """Children of the outermost ModuleLists."""
     found: dict[nn.Module, None] = {}
     for child in module.children():
         listed = isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList)
-        found |= dict.fromkeys([child] if listed else _layers(child))
+        found |= dict.fromkeys([child] if listed else layers_of(child))
     return list(found)
 
 

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
 from chunkft.core.optimizer import ChunkedOptimizer
+from chunkft.core.ranks import held
 from chunkft.core.residence import residence_of
 from chunkft.core.store import GIB
 from chunkft.memory.plan import Plan
@@ -43,7 +44,9 @@ def build_chunks(
     rotation, planned = _rotation(job, trainer, steps, kept), None
     if ranks := config_of(model):
         plan_ranks(ranks, steps, methods.given_to_peft(job))
-    if job.chunk.memory is not None:
+    if job.chunk.memory is not None and job.chunk.shard == "fsdp":
+        print("warning: --memory chooses nothing where weights are sharded; give --chunks")
+    elif job.chunk.memory is not None:
         as_it_is = job.chunk.stream_weights, job.chunk.resident_layers
         rotation, planned = fit(job, trainer, rotation, steps, resuming=kept is not None)
         planned_so = job.chunk.stream_weights, job.chunk.resident_layers
@@ -137,7 +140,7 @@ def stream(job: Job, model: PreTrainedModel) -> None:
 def weight_bytes(model: Any) -> dict[str, int]:
     stream = residence_of(model)
     if not isinstance(stream, WeightStream):
-        total = sum(p.numel() * p.element_size() for p in model.parameters())
+        total = sum(held(p).numel() * p.element_size() for p in model.parameters())
         if not isinstance(model, PeftModel):
             return {"weights": total}
         adapter = adapters.trained_bytes(model)

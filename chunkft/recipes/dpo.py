@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 
+from chunkft.core.ranks import world_size
 from chunkft.errors import InputError, ReferenceMismatchError, as_input_error
 from chunkft.models.adapters import METHODS
 from chunkft.models.losses import install_head
@@ -77,7 +78,7 @@ def run(job: Job) -> int:
     if args.use_liger_kernel and job.chunk.method in ("chunk", "exact"):
         raise InputError(f"--use_liger_kernel with --method {job.chunk.method}; leave it out")
     found = prepare(args.resume_from_checkpoint, Path(str(args.output_dir)))
-    with as_input_error("loading"):
+    with as_input_error("loading"), args.main_process_first(desc="loading"):
         data = load_data(job, "preference")
         model, tokenizer = load(job)
         reference = _reference(job, model)
@@ -95,6 +96,14 @@ def _reference(job: Job, model: PreTrainedModel) -> PreTrainedModel | None:
         raise InputError("--sync_ref_model with --stream_weights: leave one of them out")
     given = "precompute_ref_log_probs" in job.given
     wanted = job.chunk.reference == "copy" or args.sync_ref_model
+    if world_size() > 1 and not adapter:
+        # what is computed before training TRL keeps in a file that rank 0 alone has
+        if args.precompute_ref_log_probs:
+            raise InputError(
+                "--precompute_ref_log_probs with several processes: its numbers stay with the "
+                "first one; leave it out, a copy of the model is the reference then"
+            )
+        wanted = True
     if not adapter and given and not args.precompute_ref_log_probs:
         wanted = True
     if not wanted:
@@ -128,7 +137,7 @@ def _build_trainer(
         processing_class=tokenizer,
         peft_config=adapter,
     )
-    settle(trainer)
+    settle(job, trainer)
     if probe is not None:
         methods.check_off(job, trainer.model, probe)
     if reference is not None:

@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import Trainer
 
 from chunkft.core.exact import ELEMENTWISE
+from chunkft.core.ranks import world_size
 from chunkft.core.store import GIB
 from chunkft.errors import InputError
 from chunkft.memory.budget import Device, installed, parse_bytes, this_computer
@@ -34,8 +35,21 @@ def must_stream(job: Job, model: Any, device: Device, copies: int = 1) -> bool:
     return size > parse_bytes(job.chunk.memory)
 
 
+def must_shard(job: Job, model: Any, device: Device) -> bool:
+    """Whether the weights have no room on one device: then each process has a share of them."""
+    if job.chunk.stream_weights or getattr(model, "hf_quantizer", None) is not None:
+        return False
+    dtype = getattr(torch, job.model.dtype or "bfloat16", torch.bfloat16)
+    size = sum(p.numel() * dtype.itemsize for p in model.parameters())
+    room = device.memory - device.reserved
+    if not device.bus:  # ranks of one computer share its memory
+        room //= world_size()
+    return size > (room if job.chunk.memory is None else parse_bytes(job.chunk.memory))
+
+
 def _may_stream(job: Job) -> bool:
-    return "stream_weights" not in job.given and not job.model.use_peft
+    free = "stream_weights" not in job.given and job.chunk.shard != "fsdp"
+    return free and not job.model.use_peft
 
 
 def fit(

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import Trainer
 
 from chunkft.recipes.records import SAMPLE, Data
+from chunkft.train import processes
 from chunkft.train.checkpoints import BEFORE
 from chunkft.train.scoring import Solved, solve
 
@@ -55,12 +56,16 @@ def before(
 ) -> tuple[dict[str, float], list[str]]:
     """The numbers before training; a resumed run reads those of its beginning."""
     path = out / BEFORE
-    if not fresh and path.exists():
-        kept = json.loads(path.read_text())
+
+    def read() -> dict[str, Any] | None:
+        return None if fresh or not path.exists() else json.loads(path.read_text())
+
+    if (kept := processes.from_main(read)) is not None:
         return kept["numbers"], kept["answers"]
     numbers, solved = evaluate(trainer, data, score_samples)
     answers = solved.answers if solved else []
-    path.write_text(json.dumps({"numbers": numbers, "answers": answers}))
+    if processes.is_main():
+        path.write_text(json.dumps({"numbers": numbers, "answers": answers}))
     print("before: " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()), flush=True)
     return numbers, answers
 

@@ -8,12 +8,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import get_quantization_config
 
+from chunkft.core.ranks import world_size
+from chunkft.errors import InputError
 from chunkft.memory.budget import this_computer
 from chunkft.models import adapters
+from chunkft.models.adapters import METHODS
 from chunkft.models.load import load_model
 from chunkft.recipes.chunks import stream
-from chunkft.recipes.fitting import must_stream
+from chunkft.recipes.fitting import must_shard, must_stream
 from chunkft.recipes.job import Job
+from chunkft.train import sharding
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -37,15 +41,32 @@ def loading(job: Job) -> dict[str, Any]:
 
 
 def load(job: Job, auto: Any = AutoModelForCausalLM, **more: Any) -> tuple[PreTrainedModel, Any]:
-    """The job's model and its tokenizer; `auto` and `more` as in `load_model`."""
-    return load_model(
-        model_of(job),
-        auto=auto,
-        trust_remote_code=job.training.trust_remote_code,
-        cache_dir=Path(job.chunk.cache_dir).expanduser(),
-        **loading(job),
-        **more,
-    )
+    """The job's model and its tokenizer; `auto` and `more` as in `load_model`.
+
+    Weights that are to be sharded come in the checkpoint's dtype, mapped from its files: a cast
+    would give every process a copy of all of them. Not under an adapter, which takes the dtype of
+    its weights for that of its first values.
+    """
+    kwargs: dict[str, Any] = loading(job) | more
+    kwargs["auto"], kwargs["trust_remote_code"] = auto, job.training.trust_remote_code
+    kwargs["cache_dir"] = Path(job.chunk.cache_dir).expanduser()
+    if job.chunk.shard == "fsdp" and job.chunk.stream_weights:
+        raise InputError(
+            "--stream_weights with --shard fsdp: weights rest in one way; leave one out"
+        )
+    if world_size() == 1:
+        if job.chunk.shard == "fsdp":
+            raise InputError("--shard fsdp needs several processes: torchrun --nproc-per-node N")
+        return load_model(model_of(job), **kwargs)
+    if job.chunk.shard != "ddp":
+        mapped: dict[str, Any] = {} if job.chunk.method in METHODS else {"dtype": "auto"}
+        found = load_model(model_of(job), **kwargs | mapped)
+        if job.chunk.shard == "fsdp" or must_shard(job, found[0], this_computer()):
+            job.chunk.shard = "fsdp"
+            sharding.keep_from_device(found[0])
+            return found
+    job.chunk.shard = "ddp"
+    return load_model(model_of(job), **kwargs)
 
 
 def stream_if_need_be(job: Job, model: PreTrainedModel, copies: int = 1) -> None:
@@ -66,7 +87,15 @@ def computed_in(trainer: Any) -> torch.dtype:
     return autocast.get(trainer.accelerator.mixed_precision, own)
 
 
-def settle(trainer: Any) -> None:
-    """After a trainer has put an adapter around its model (adapters.settle)."""
+def settle(job: Job, trainer: Any) -> None:
+    """After a trainer has put an adapter around its model: adapters.settle, and shards."""
     if isinstance(trainer.model, PeftModel):
         adapters.settle(trainer.model)
+    if job.chunk.shard != "fsdp":
+        return
+    for model in (trainer.model, getattr(trainer, "ref_model", None)):
+        if model is not None:
+            sharding.shard(model, job.training.device)
+            if job.model.dtype != "auto":
+                sharding.cast(model, getattr(torch, job.model.dtype or "bfloat16"))
+    print(f"weights are sharded over {world_size()} ranks (FSDP2)", flush=True)

@@ -31,7 +31,7 @@ def run(job: Job) -> int:
     """
     check(job)
     found = prepare(job.training.resume_from_checkpoint, Path(str(job.training.output_dir)))
-    with as_input_error("loading"):
+    with as_input_error("loading"), job.training.main_process_first(desc="loading"):
         data = load_data(job, "preference")
         model, tokenizer = load(job, AutoModelForSequenceClassification, num_labels=1)
         stream_if_need_be(job, model)
@@ -58,7 +58,7 @@ def _build_trainer(
         processing_class=tokenizer,
         peft_config=adapter,
     )
-    settle(trainer)
+    settle(job, trainer)
     if not len(trainer.train_dataset):  # pyright: ignore[reportArgumentType]
         raise InputError(
             f"none of {len(data.train)} preferences is within --max_length "

@@ -72,7 +72,7 @@ def run(job: Job, trainer_class: Callable[..., RolloutTrainer]) -> int:
     check(job)
     args = job.training
     found = prepare(args.resume_from_checkpoint, Path(str(args.output_dir)))
-    with as_input_error("loading"):
+    with as_input_error("loading"), args.main_process_first(desc="loading"):
         data = load_data(job, "prompt")
         rewards = _rewards(job, data)
         model, tokenizer = load(job)
@@ -157,7 +157,7 @@ def _build_trainer(
         processing_class=tokenizer,
         peft_config=adapter,
     )
-    settle(trainer)
+    settle(job, trainer)
     if probe is not None:
         methods.check_off(job, trainer.model, probe)
     if reference is not None:

@@ -15,7 +15,7 @@ from chunkft.recipes.chunks import build_chunks, weight_bytes
 from chunkft.recipes.job import Job
 from chunkft.recipes.loading import model_of
 from chunkft.recipes.records import Data
-from chunkft.train import checkpoints, report
+from chunkft.train import checkpoints, processes, report
 from chunkft.train.adalora import AdaLoraCallback, config_of
 from chunkft.train.metering import MeterCallback, overruns
 from chunkft.train.trainer import (
@@ -34,8 +34,13 @@ RESUME = "--resume_from_checkpoint"
 def prepare(setting: str | bool | None, out: Path) -> Path | None:
     """Look at the output directory; returns the checkpoint to go on from."""
     resume = None if setting is None else str(setting)  # YAML has true and false
-    found, torn = checkpoints.to_resume(resume, out)
-    checkpoints.prepare_output(out, found, checkpoints.wanted(resume))
+
+    def look() -> tuple[Path | None, list[str]]:
+        found, torn = checkpoints.to_resume(resume, out)
+        checkpoints.prepare_output(out, found, checkpoints.wanted(resume))
+        return found, torn
+
+    found, torn = processes.from_main(look)
     for line in torn:
         print(f"warning: {line}; passed over", flush=True)
     if checkpoints.wanted(resume):
@@ -147,9 +152,10 @@ def drive(
         plan=planned,
         samples=judging.samples(data, answers, solved),
     )
-    path = report.write(out, outcome)
-    report.write_metrics(out, outcome, watching.step_seconds)
-    report.tell(outcome, path)
+    if processes.is_main():
+        path = report.write(out, outcome)
+        report.write_metrics(out, outcome, watching.step_seconds)
+        report.tell(outcome, path)
     if planned is not None and meter.measured is not None:
         for line in overruns(meter.measured, planned):
             print(f"warning: more than planned: {line}")
@@ -190,10 +196,18 @@ def _settings(job: Job, optimizer: ChunkedOptimizer, model: Any) -> dict[str, An
         "weight_decay": args.weight_decay,
         "max_grad_norm": optimizer.max_grad_norm,
         "batch": f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps}",
+        **_of_ranks(args.world_size, optimizer),
         **{name: getattr(args, name) for name in OF_TRAINERS if hasattr(args, name)},
         "activation checkpointing": args.gradient_checkpointing,
         "seed": args.seed,
     }
+
+
+def _of_ranks(count: int, optimizer: ChunkedOptimizer) -> dict[str, Any]:
+    if count == 1:
+        return {}
+    each = optimizer.reduced_bytes / max(optimizer.steps, 1) / 2**20
+    return {"ranks": count, "gradients averaged a step": f"{each:.2f} MiB"}
 
 
 def _how_to_go_on(command: str, out: Path) -> str:

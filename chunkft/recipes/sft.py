@@ -41,7 +41,7 @@ def run(job: Job) -> int:
     args = job.training
     _check(job)
     found = prepare(args.resume_from_checkpoint, Path(str(args.output_dir)))
-    with as_input_error("loading"):
+    with as_input_error("loading"), args.main_process_first(desc="loading"):
         data = load_data(job)
         model, tokenizer = load(job)
         stream_if_need_be(job, model)
@@ -86,7 +86,7 @@ def _build_trainer(job: Job, data: Data, model: PreTrainedModel, tokenizer: Any)
         processing_class=tokenizer,
         peft_config=methods.adapter_of(job, model),
     )
-    settle(trainer)
+    settle(job, trainer)
     assert isinstance(trainer.train_dataset, Dataset)
     check_tokenized(trainer.train_dataset, model, args, len(train))
     if wanted or args.packing:

@@ -126,6 +126,12 @@ class ChunkArguments:
     reward_timeout: float = setting(
         60.0, "Seconds that one call of a reward function of grpo and rloo may take."
     )
+    shard: str = setting(
+        "auto",
+        "Of several processes (torchrun --nproc-per-node N -m chunkft ...). fsdp: each has a share "
+        "of every weight. ddp: each has all weights. auto: fsdp where they do not fit one device.",
+        choices=["auto", "fsdp", "ddp"],
+    )
     score_samples: int = setting(
         50, "Held-out items to solve before and after, when the data is a reasoning-gym task."
     )

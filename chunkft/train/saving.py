@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
 from chunkft.core.optimizer import ChunkedOptimizer
-from chunkft.train import checkpoints, state_files, weights
+from chunkft.train import checkpoints, processes, sharding, state_files, weights
 from chunkft.train.adalora import all_ranks
 
 ENCODER = "prompt_encoder.pt"
@@ -31,14 +32,16 @@ class StreamingTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         run = Path(str(self.args.output_dir))
-        with checkpoints.room(run, "the model", weights.nbytes(self._stock_model())):
+        with checkpoints.room(run, "the model", self._model_bytes()):
             super().save_model(output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run = Path(str(self.args.output_dir))
         folder = run / f"checkpoint-{self.state.global_step}"
-        checkpoints.remove(folder)  # what a kill left there would be sealed with the rest
-        needed = weights.nbytes(self._stock_model())
+        if processes.is_main():
+            checkpoints.remove(folder)  # what a kill left there would be sealed with the rest
+        processes.wait()
+        needed = self._model_bytes()
         optimizer = self._chunked_optimizer()
         if optimizer is not None and not self.args.save_only_model:
             needed += state_files.nbytes(optimizer)
@@ -53,6 +56,11 @@ class StreamingTrainer(Trainer):
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
         model = self._stock_model()
+        if sharding.sharded(model):
+            self._save_shards(model, Path(str(output_dir or self.args.output_dir)))
+            return
+        if not self.args.should_save:
+            return
         if state_dict is not None or not weights.streamable(model):
             # one to go on from has the ranks that AdaLoRA has set to zero, too
             with all_ranks(model) if self._in_checkpoint else nullcontext():
@@ -66,7 +74,24 @@ class StreamingTrainer(Trainer):
         folder = Path(str(output_dir or self.args.output_dir))
         weights.write(model, folder, original=not self._in_checkpoint)
 
+    def _save_shards(self, model: nn.Module, folder: Path) -> None:
+        """Each rank what it holds; an adapter, which is small, in PEFT's own way too."""
+        folder.mkdir(parents=True, exist_ok=True)
+        adapter = sharding.gathered(model) if isinstance(model, PeftModel) else {}
+        if self.args.should_save:
+            super()._save(str(folder), state_dict=adapter)
+            if not adapter:
+                for path in folder.glob("model*.safetensors*"):  # without a tensor in it
+                    path.unlink()
+        if self._in_checkpoint or not adapter:
+            sharding.save(model, folder)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        stock = self._stock_model() if model is None else model
+        found = Path(resume_from_checkpoint)
+        if sharding.sharded(stock) or sharding.is_sharded_save(found):
+            sharding.load(stock, found)
+            return
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint) / ENCODER
         if path.is_file():
@@ -79,7 +104,11 @@ class StreamingTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         folder, scheduler = Path(output_dir), cast("Any", self.lr_scheduler)
-        state_files.save(optimizer, folder / state_files.FOLDER)
+        if self.args.should_save or sharding.sharded(self._stock_model()):
+            folder.mkdir(parents=True, exist_ok=True)
+            state_files.save(optimizer, folder / state_files.FOLDER)
+        if not self.args.should_save:
+            return
         torch.save(scheduler.state_dict(), folder / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -91,6 +120,11 @@ class StreamingTrainer(Trainer):
         optimizer.load_state_dict(state_files.load(folder / state_files.FOLDER))
         scheduler = cast("Any", self.lr_scheduler)
         scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+
+    def _model_bytes(self) -> int:
+        """That this rank will write."""
+        model = self._stock_model()
+        return sharding.nbytes(model) if sharding.sharded(model) else weights.nbytes(model)
 
     def _stock_model(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from chunkft.core.ranks import world_size
 from chunkft.data.tasks import ReasoningGymTask
+from chunkft.train import processes, sharding
 
 BATCH = 25
 
@@ -39,13 +41,16 @@ def solve(
         references = [record["completion"][0]["content"] for record in records]
         longest = max(len(tokenizer(text)["input_ids"]) for text in references)
         max_new_tokens = max(8, 2 * longest)
+    # each rank answers its share, but where a forward pass needs all of them
+    together = sharding.sharded(model)
+    mine = records if together else records[processes.rank() :: world_size()]
     training, side = model.training, tokenizer.padding_side
     model.eval()
     tokenizer.padding_side = "left"
     answers: list[str] = []
     try:
-        for first in range(0, len(records), BATCH):
-            prompts = [record["prompt"] for record in records[first : first + BATCH]]
+        for first in range(0, len(mine), BATCH):
+            prompts = [record["prompt"] for record in mine[first : first + BATCH]]
             batch = tokenizer.apply_chat_template(
                 prompts,
                 add_generation_prompt=True,
@@ -68,5 +73,7 @@ def solve(
     finally:
         model.train(training)
         tokenizer.padding_side = side
+    if not together:
+        answers = processes.collected(answers)
     scores = [task.score(r, a) for r, a in zip(records, answers, strict=True)]
     return Solved(sum(score >= 1.0 for score in scores) / len(scores), answers, scores)

@@ -1,8 +1,11 @@
 """The optimizer's state as a folder, written and read one chunk at a time.
 
-    header.pt                steps, schedule, partition, parameter groups
-    part-00003.pt            slices and their values, tensors without their elements
-    part-00003.safetensors   those elements, by "<parameter>[<first row>:<end>].<key>.<n>"
+    header.pt                    steps, schedule, partition, parameter groups
+    part-000-00003.pt            slices and their values, tensors without their elements
+    part-000-00003.safetensors   those elements, by "<parameter>[<first row>:<end>].<key>.<n>"
+
+The first number is the rank's: of sharded weights each writes what it holds, and any number of
+ranks reads all of it.
 
 A part is a chunk that rests, which is written where it lies, or slices of the active one, whose
 masters' low bits are made for it: `PART` bytes of them at a time. What is read is mapped from the
@@ -22,7 +25,7 @@ from chunkft.core import resume
 from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.core.store import mapped
 from chunkft.core.store import nbytes as tensor_bytes
-from chunkft.train import shards
+from chunkft.train import processes, shards
 
 FOLDER = "optimizer"
 HEADER = "header.pt"
@@ -45,11 +48,12 @@ def save(optimizer: ChunkedOptimizer, folder: Path) -> None:
     Raises:
         OSError, RuntimeError: the disk is full, say.
     """
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     header, parts = optimizer.in_parts()
-    torch.save(header, folder / HEADER)
+    if processes.is_main():
+        torch.save(header, folder / HEADER)
     for number, part in enumerate(_together(parts)):
-        _write(part, folder / f"part-{number:05}.pt")
+        _write(part, folder / f"part-{processes.rank():03}-{number:05}.pt")
 
 
 def _together(parts: Iterable[resume.SavedState]) -> Iterator[resume.SavedState]:

@@ -29,11 +29,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
 from chunkft.core.optimizer import ChunkedOptimizer
+from chunkft.core.ranks import reshard
 from chunkft.core.store import GIB, Store
 from chunkft.errors import ChunkFTError, InputError, UnsupportedError
 from chunkft.memory.budget import card_peaks
 from chunkft.memory.eight_bit import EightBitMoments
-from chunkft.train import checkpoints
+from chunkft.train import checkpoints, processes, sharding
 from chunkft.train.adalora import AdaLoraTrainer
 from chunkft.train.config import ChunkArguments, Rotation, choose_moments, refuse_optimizer
 from chunkft.train.saving import StreamingTrainer
@@ -85,20 +86,22 @@ def build_optimizer(
 
     Raises:
         InputError: an optimizer or engine that cannot be driven chunk by chunk.
-        UnsupportedError: several devices.
+        UnsupportedError: several devices in one process.
     """
     args, model = trainer.args, trainer.model
     assert isinstance(model, torch.nn.Module)
     optim = str(getattr(args.optim, "value", args.optim))
     refuse_optimizer(optim, args.deepspeed)
-    if args.n_gpu > 1 or args.world_size > 1:
+    if args.n_gpu > 1:
         raise UnsupportedError(
-            f"{args.n_gpu} GPUs visible, {args.world_size} processes: chunks are not synchronised "
-            f"between devices yet; set CUDA_VISIBLE_DEVICES=0 and start one process"
+            f"{args.n_gpu} GPUs visible to one process, which would wrap the model in "
+            f"nn.DataParallel: start one a GPU (torchrun --nproc-per-node {args.n_gpu} -m chunkft "
+            f"...), or set CUDA_VISIBLE_DEVICES=0"
         )
     cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)  # pyright: ignore[reportArgumentType]
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise InputError(f"--optim {args.optim} is not a plain torch optimizer; use adamw_torch")
+    reshard(model)  # or it would show gathered weights in the place of its own
     decayed = set(trainer.get_decay_parameter_names(model))
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
@@ -166,7 +169,11 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step"
+            total=state.max_steps,
+            initial=state.global_step,
+            dynamic_ncols=True,
+            unit="step",
+            disable=not processes.is_main(),
         )
         self._counted, self._begin = self.tokens(), time.perf_counter()
 
@@ -241,6 +248,7 @@ class ChunkTrainer(AdaLoraTrainer, StreamingTrainer):
     """
 
     run: RunCallback | None = None
+    _prepared = False
     judged: Mapping[str, float] = MappingProxyType({})
     """TRL's numbers of the last evaluation before or after training."""
     _metrics: Any  # TRL's
@@ -256,6 +264,27 @@ class ChunkTrainer(AdaLoraTrainer, StreamingTrainer):
         self.run.extend(logs)
         super().log(logs, start_time)
 
+    def _wrap_model(
+        self, model: torch.nn.Module, training: bool = True, dataloader: Any = None
+    ) -> torch.nn.Module:
+        """Of several processes each trains the model itself: the optimizer averages gradients.
+
+        What accelerate finds prepared it does not put into DDP, which knows only the parameters
+        that are trainable when it is built.
+        """
+        if not training or self.args.world_size == 1:
+            return super()._wrap_model(model, training, dataloader)
+        if not self._prepared:
+            # for autocast and compilation, as for an evaluation
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+            marked: Any = model
+            marked._is_accelerate_prepared = self._prepared = True
+        return model
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if not sharding.is_kept_from_device(model):
+            super()._move_model_to_device(model, device)
+
     def tokens_seen(self) -> float:
         """Tokens trained on so far, as TRL counts them."""
         return max(self._total_train_tokens, self.state.num_input_tokens_seen)
@@ -268,6 +297,7 @@ class CheckpointCallback(TrainerCallback):
         self.run, self.keep = run, keep
         self.stopped_by: str | None = None
         self._before: dict[int, Any] = {}
+        self._heard = 0
 
     def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         args.save_total_limit = (
@@ -277,15 +307,16 @@ class CheckpointCallback(TrainerCallback):
             self._before[number] = signal.signal(number, self._stop)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.stopped_by = signal.Signals(number).name
+        self._heard = number
         # the second signal is not ours to catch
         signal.signal(number, self._before[number])
-        tqdm.write(f"{self.stopped_by}: saving after this step")
+        tqdm.write(f"{signal.Signals(number).name}: saving after this step")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        if self.stopped_by:
+        if heard := processes.largest(self._heard):  # by any rank
+            self.stopped_by = signal.Signals(heard).name
             control.should_training_stop = True
             # where an evaluation is due at the epoch's end, the resumed run must find it done
             control.should_save = not _due_at_the_epochs_end(args, state)
@@ -305,8 +336,11 @@ class CheckpointCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        checkpoints.seal(self.run / f"checkpoint-{state.global_step}")
-        checkpoints.rotate(self.run, self.keep, state.best_model_checkpoint)
+        processes.wait()  # until every rank has written its part
+        if processes.is_main():
+            checkpoints.seal(self.run / f"checkpoint-{state.global_step}")
+            checkpoints.rotate(self.run, self.keep, state.best_model_checkpoint)
+        processes.wait()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         for number, handler in self._before.items():

@@ -11,7 +11,7 @@ weights of the base model, with no more than a log line. The finished model has 
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeGuard
 
@@ -29,6 +29,7 @@ SHARD = 5 * 10**9  # bytes
 WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 LAYER = re.compile(r".*?\.\d+\.")
 Named = dict[str, Tensor]
+Read = Callable[[str], Tensor]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -67,17 +68,35 @@ def write(model: PreTrainedModel, folder: Path, *, original: bool) -> None:
         OSError: the disk is full, say.
     """
     weights = of(model)
-    named = _Original(model, weights) if original else None
-    outline = named.outline if named else weights
+    if original:
+        write_original(model, weights, folder, weights.__getitem__)
+    else:
+        _write(weights, folder)
+
+
+def write_original(
+    model: PreTrainedModel, outline: Mapping[str, Tensor], folder: Path, read: Read
+) -> None:
+    """Write weights by the names of the model's published checkpoints into `folder`.
+
+    Args:
+        model: of which nothing but its kind matters; it may be on "meta".
+        outline, read: of its weights by its own names, as in `shards.write`.
+    """
+    named = _Original(model, outline, read)
+    _write(named.outline, folder, named.read)
+
+
+def _write(outline: Mapping[str, Tensor], folder: Path, read: Read | None = None) -> None:
     files = _plan(outline)
     for file, names in files.items():
-        shards.write(folder / file, {n: outline[n] for n in names}, named.read if named else None)
+        shards.write(folder / file, {n: outline[n] for n in names}, read)
     inside = set(files)
     if len(files) > 1:
         inside.add(SAFE_WEIGHTS_INDEX_NAME)
         index = {
             "metadata": {
-                "total_parameters": model.num_parameters(),
+                "total_parameters": sum(tensor.numel() for tensor in outline.values()),
                 "total_size": sum(shards.nbytes(tensor) for tensor in outline.values()),
             },
             "weight_map": {name: file for file, names in files.items() for name in names},
@@ -107,9 +126,9 @@ def _plan(outline: Mapping[str, Tensor]) -> dict[str, list[str]]:
 class _Original:
     """Weights by their original names; only those made of the same few are there at once."""
 
-    def __init__(self, model: PreTrainedModel, weights: Named):
-        self.model, self.weights = model, weights
-        own = {name: tensor.to("meta") for name, tensor in weights.items()}
+    def __init__(self, model: PreTrainedModel, outline: Mapping[str, Tensor], read: Read):
+        self.model, self.own = model, read
+        own = {name: tensor.to("meta") for name, tensor in outline.items()}
         self.outline = revert_weight_conversion(model, dict(own))
         self._made_of: dict[str, tuple[str, ...]] = {}
         self._last: tuple[tuple[str, ...], Named] = (), {}
@@ -126,7 +145,7 @@ class _Original:
         group = self._made_of[name]
         if group != self._last[0]:
             self._last = (), {}  # before the next ones are made
-            made = revert_weight_conversion(self.model, {n: self.weights[n] for n in group})
+            made = revert_weight_conversion(self.model, {n: self.own(n) for n in group})
             self._last = group, made
         return self._last[1][name]
 
