@@ -67,7 +67,8 @@ def test_experts_are_converted_one_tensor_at_a_time(monkeypatch: pytest.MonkeyPa
         return stock(model, state)
 
     monkeypatch.setattr(weights, "revert_weight_conversion", counted)
-    found = weights._Original(model, weights.of(model))
+    own = weights.of(model)
+    found = weights._Original(model, own, own.__getitem__)
     for name in found.outline:
         found.read(name)
     assert most == 1
