@@ -15,7 +15,8 @@ Only positions with a label go through the head.
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,6 +172,22 @@ def is_plain_head(model: Any) -> bool:
     return not getattr(config, "output_router_logits", False)
 
 
+@contextmanager
+def _gathered(head: Any) -> Generator[None]:
+    """Within, the weight of a head that is a group of FSDP by itself is whole.
+
+    Its forward, which FSDP waits for, is not called here; backward needs no weight.
+    """
+    alone = hasattr(head, "unshard")
+    if alone:
+        head.unshard()
+    try:
+        yield
+    finally:
+        if alone:
+            head.reshard()
+
+
 def install_head(model: Any, temperature: float = 1.0, more: bool = False) -> Callable[[], None]:
     """Give `model` our tiles where TRL's trainers ask for `fused_lm_head`; returns the undo.
 
@@ -199,7 +216,8 @@ def install_head(model: Any, temperature: float = 1.0, more: bool = False) -> Ca
         targets = labels[:, 1:].to(hidden.device)
         mask = targets != -100
         head = self.get_output_embeddings()
-        scored = head_log_probs(hidden[mask], head, targets[mask], temperature, more)
+        with _gathered(head):
+            scored = head_log_probs(hidden[mask], head, targets[mask], temperature, more)
         spread = [x.new_zeros(mask.shape).masked_scatter(mask, x) for x in scored]
         log_probs, entropy, top1 = spread[:3]
         mean, square = spread[3:] if more else (None, None)

@@ -65,7 +65,7 @@ class Workload:
     """off: the adapter switched off. copy: a frozen copy, streamed where the weights are."""
 
 
-class _Host(Store):
+class HostStore(Store):
     """Where a dry run puts what rests beside a card: fake tensors are all on the CPU."""
 
     def room(self, key: str, like: torch.Tensor) -> torch.Tensor:
@@ -181,7 +181,7 @@ def _optimizer(model: Any, load: Workload, choice: Choice, on_host: bool) -> Chu
     if choice.method != "exact":
         settings |= {"interval": choice.interval, "layout": choice.layout}
     codec = EightBitMoments() if choice.state_bits == 8 else None
-    kept = Store if on_host else _Host
+    kept = Store if on_host else HostStore
     settings |= {"store": kept(codec=codec, block=choice.block), "max_grad_norm": 1.0}
     return ChunkedOptimizer(model, load.rule, **settings, **(load.kwargs or {"lr": 1e-5}))
 

@@ -4,9 +4,9 @@
     shard layer by layer              the rows of this rank are copied, N / ranks
     cast                              what is here, tensor by tensor
 
-A group is a layer, the input embedding where it is nobody else's, and the rest: the last norm, the
-head. The rest stays gathered through forward and backward, so a loss that reads the head's weight
-finds it. The adapter of PEFT is inside: wrapped first, sharded then.
+A group is a layer; the input embedding and the head where they are nobody else's, of which the head
+must be plain, for `install_head` gathers it; and the rest, which stays gathered through forward and
+backward. The adapter of PEFT is inside: wrapped first, sharded then.
 """
 
 import warnings
@@ -18,18 +18,24 @@ import torch.distributed.checkpoint as dcp
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from transformers import PreTrainedModel
 
 from chunkft.core.ranks import held, is_sharded, reshard, world_size
 from chunkft.errors import CheckpointError, UnsupportedError, one_line
 from chunkft.memory.units import is_table, layers_of
+from chunkft.models.losses import is_plain_head
 from chunkft.train import weights
 
 FOLDER = "weights"
 MARK = "_chunkft_to_be_sharded"
 
 
-def shard(model: nn.Module, device: torch.device) -> None:
+def shard(model: nn.Module, device: torch.device, mesh: Any = None) -> None:
     """Share the rows of every weight of `model` among all ranks.
+
+    Args:
+        device: where the weights go.
+        mesh: torch's, of all ranks; None makes one.
 
     Raises:
         UnsupportedError: quantized weights, or there is one process only.
@@ -42,8 +48,8 @@ def shard(model: nn.Module, device: torch.device) -> None:
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedError("quantized weights are not sharded; leave --quantize or --shard out")
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    mesh = init_device_mesh(device.type, (world_size(),))
-    for part in [*layers_of(inner), *_tables(inner)]:
+    mesh = mesh or init_device_mesh(device.type, (world_size(),))
+    for part in [*layers_of(inner), *_ends(inner)]:
         fully_shard(part, mesh=mesh)
     fully_shard(inner, mesh=mesh)
     # by this `generate` knows that a rank whose answers are done must go on beside the others
@@ -74,13 +80,19 @@ def sharded(model: nn.Module) -> bool:
     return any(map(is_sharded, model.parameters()))
 
 
-def _tables(model: Any) -> list[nn.Module]:
-    """The input embedding, unless its weight is somebody else's too."""
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if table is None or not is_table(table):
-        return []
-    places = [m for m in model.modules() for p in m._parameters.values() if p is table.weight]
-    return [table] if places == [table] else []
+def _ends(model: Any) -> list[nn.Module]:
+    """Input embedding and head, unless a weight is somebody else's too."""
+    found: list[nn.Module] = []
+    if not isinstance(model, PreTrainedModel):
+        return found
+    table: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if table is not None and is_table(table):
+        found.append(table)
+    if is_plain_head(model):
+        found.append(head)
+    users = [p for module in model.modules() for p in module._parameters.values()]
+    return [end for end in found if sum(p is end._parameters["weight"] for p in users) == 1]
 
 
 def named(model: nn.Module) -> dict[str, Tensor]:

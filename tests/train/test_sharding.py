@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from chunkft import ChunkedOptimizer
+from chunkft.core.ranks import is_sharded
 from chunkft.errors import CheckpointError, UnsupportedError
+from chunkft.models.losses import install_head
+from chunkft.recipes.trial import checkpoint_layers
 from chunkft.train import sharding
-from tests.ranks import on_ranks
+from tests.conftest import assert_close, assert_same
+from tests.ranks import flat, full, on_ranks
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="counts in /proc")
 
@@ -76,3 +82,49 @@ def saved_and_loaded(rank: int, folder: str) -> bool:
 
 def test_what_ranks_save_they_load(tmp_path: Path) -> None:
     assert on_ranks(2, saved_and_loaded, str(tmp_path)) == [True, True]
+
+
+def steps_on_tiles(
+    rank: int, ranks: int, again: bool, settings: dict[str, Any], chunks: Any = None
+) -> Any:
+    """Weights after steps through the tiled head, and the state that says which chunks there are.
+
+    Args:
+        chunks: such a state of another run, whose chunks are taken.
+    """
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=False)).train()
+    if ranks > 1:
+        sharding.shard(model, torch.device("cpu"))
+        assert isinstance(model.lm_head, FSDPModule)
+        assert isinstance(model.model.embed_tokens, FSDPModule)
+    if again:
+        checkpoint_layers(model)
+    adam: dict[str, Any] = {"lr": 1e-2, "eps": 1e-4, "max_grad_norm": 0.5}
+    optimizer = ChunkedOptimizer(model, torch.optim.AdamW, **adam, **settings)
+    begin = optimizer.state_dict()
+    if chunks is not None:
+        optimizer.load_state_dict(chunks)
+    install_head(model)
+    for step in range(8):
+        source = torch.Generator().manual_seed(step)
+        ids = torch.randint(33, (4, 12), generator=source)[rank::ranks]
+        model(input_ids=ids, labels=ids, fused_lm_head=True).loss.backward()
+        optimizer.step()
+        assert is_sharded(model.lm_head.weight) == (ranks > 1)
+    optimizer.audit()
+    return full(model), begin
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"exact": True}, {"interval": 1}, {"interval": 1, "layout": "spread"}],
+    ids=["exact", "stream", "spread"],
+)
+def test_a_head_is_gathered_for_the_loss_alone(settings: dict[str, Any], again: bool) -> None:
+    settings = settings | {"chunks": 3}
+    (first, begin), (second, _) = on_ranks(2, steps_on_tiles, 2, again, settings)
+    assert_same(first, second)
+    alone, _ = steps_on_tiles(0, 1, again, settings, begin)
+    assert_close(flat(first), flat(alone), 1e-6)
