@@ -31,14 +31,16 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from benchmarks.methods import Batch, clipped_step, lora, loss_of, random_batches
 from chunkft import ChunkedOptimizer
+from chunkft.core.ranks import held
 from chunkft.core.schedule import Schedule
 from chunkft.core.store import GIB, Store
 from chunkft.memory.budget import DEVICES, card_peaks
 from chunkft.memory.plan import Choice, Limits
 from chunkft.memory.streaming import WeightStream, stream_weights
+from chunkft.models.losses import install_head
 from chunkft.models.shapes import config_of
 from chunkft.recipes.planning import plan
-from chunkft.recipes.trial import Workload, checkpoint_layers
+from chunkft.recipes.trial import Workload, checkpoint_layers, simulated_ranks
 
 RATE = 1e-5
 RULE: dict[str, Any] = {"lr": RATE, "fused": True, "weight_decay": 0.0}
@@ -72,6 +74,11 @@ class Case:
     """Inputs of checkpointed layers wait on the host."""
     streamed: bool = False
     """Weights rest on the host."""
+    ranks: int = 1
+    shard: bool = False
+    """The device is one rank's of several that share the weights (FSDP2), of which the others are
+    not there: what they send is a copy of what this one has, in its own memory and not on a link.
+    """
     seq: int = 1024
     few: int = 4
     """Chunks that are visited, over and over: host memory holds the state of these, and every visit
@@ -83,6 +90,7 @@ class Case:
     def name(self) -> str:
         """Its settings in words."""
         words = ["streamed"] if self.streamed else []
+        words += [f"one of {self.ranks} ranks, FSDP2,"] if self.shard else []
         words.append(self.method)
         if self.method in ("chunk", "exact"):
             words.append(f"K={self.chunks}")
@@ -99,13 +107,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Few(Schedule):
-    """Visits `few` chunks over and over, spread evenly over all, as `layout` stream differs."""
+    """Visits `few` chunks over and over, from the first to the last: in `stream` they differ."""
 
     few: int = 4
 
     def chunk(self, step: int) -> int:
         visit = (step - self.start) // self.interval
-        return visit % self.few * self.chunks // self.few
+        return visit % self.few * (self.chunks - 1) // max(1, self.few - 1)
 
 
 @dataclass
@@ -118,10 +126,11 @@ class Built:
     """Forward and backward run within it."""
     optimizer: ChunkedOptimizer | None = None
     stream: WeightStream | None = None
+    loss: Callable[[Any, Batch], torch.Tensor] = loss_of
 
     def step(self, batch: Batch) -> float:
         with self.around():
-            loss = loss_of(self.model, batch)
+            loss = self.loss(self.model, batch)
             loss.backward()
         self.update()
         return loss.item()  # waits for the update too
@@ -143,12 +152,20 @@ def run(case: Case, device: str) -> dict[str, Any]:
     refuse(case, size, device)
     torch.manual_seed(0)
     begin = time.perf_counter()
-    built = build(case, config, device)
+    with simulated_ranks(case.ranks, device) as mesh:
+        built = build(case, config, device, mesh)
+        return measure(case, config, device, built, size, time.perf_counter() - begin)
+
+
+def measure(
+    case: Case, config: PretrainedConfig, device: str, built: Built, size: int, build_seconds: float
+) -> dict[str, Any]:
+    """What steps of a built case take."""
     if device == "cuda":
         torch.cuda.empty_cache()  # of what streamed weights left behind
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    found: dict[str, Any] = {"parameters": size, "build_seconds": time.perf_counter() - begin}
+    found: dict[str, Any] = {"parameters": size, "build_seconds": build_seconds}
     seconds, losses = timed(case, built, batches(case, config, device))
     found |= {"first_loss": losses[0], "last_loss": losses[-1]}
     middle = statistics.median if case.interval == 1 else statistics.fmean
@@ -191,12 +208,8 @@ def batches(case: Case, config: PretrainedConfig, device: str) -> Iterator[Batch
         yield {"input_ids": ids, "labels": ids}
 
 
-def build(case: Case, config: PretrainedConfig, device: str) -> Built:
-    kind = torch.float32 if case.method == "adamw" else torch.bfloat16
-    with torch.device(device):  # a GPU fills 7B with random numbers in less than a second
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=kind, attn_implementation="sdpa"
-        ).train()
+def build(case: Case, config: PretrainedConfig, device: str, mesh: Any = None) -> Built:
+    model = random_model(case, config, device, mesh).train()
     if case.checkpointing:
         checkpoint_layers(model)
     if case.method == "lora":
@@ -228,7 +241,39 @@ def build(case: Case, config: PretrainedConfig, device: str) -> Built:
         optimizer.schedule = Few(
             case.chunks, interval=case.interval, few=min(case.few, case.chunks)
         )
-    return Built(model, optimizer.step, offload(case, device), optimizer, stream)
+    around = offload(case, device)
+    if case.shard:  # a part of the model alone would not gather what lies around it
+        install_head(model)
+        return Built(model, optimizer.step, around, optimizer, None, loss_of_whole)
+    return Built(model, optimizer.step, around, optimizer, stream)
+
+
+def loss_of_whole(model: Any, batch: Batch) -> torch.Tensor:
+    """`loss_of` by the model's own forward pass."""
+    return model(**batch, fused_lm_head=True, use_cache=False).loss
+
+
+def random_model(case: Case, config: PretrainedConfig, device: str, mesh: Any) -> Any:
+    kind = torch.float32 if case.method == "adamw" else torch.bfloat16
+    settings: dict[str, Any] = {"dtype": kind, "attn_implementation": "sdpa"}
+    if not case.shard:
+        with torch.device(device):  # a GPU fills 7B with random numbers in less than a second
+            return AutoModelForCausalLM.from_config(config, **settings)
+    from accelerate import init_empty_weights
+
+    from chunkft.train import sharding
+
+    with init_empty_weights():  # no device may have room for all of them
+        model = AutoModelForCausalLM.from_config(config, **settings)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    sharding.shard(model, torch.device(device), mesh)
+    model.to_empty(device=torch.device(device))
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    for weight in model.parameters():
+        own = held(weight)
+        own.fill_(1.0) if own.dim() == 1 else own.normal_(0.0, 0.02)
+    return model
 
 
 def offload(case: Case, device: str) -> Callable[[], AbstractContextManager[Any]]:
@@ -250,7 +295,7 @@ def refuse(case: Case, size: int, device: str) -> None:
         raise Skipped(f"needs {needed / GIB:.1f} GiB of host memory, {there / GIB:.1f} there")
     if device != "cuda":
         return
-    weights = 0 if case.streamed else 2 * size
+    weights = 0 if case.streamed else 2 * size // case.ranks
     # gradient, and one byte each of two moments; or four of everything
     weights *= {"adamw-8bit": 3, "adamw": 8}.get(case.method, 1)
     total = torch.cuda.get_device_properties(0).total_memory
@@ -270,6 +315,7 @@ def parameters(config: PretrainedConfig) -> int:
 def host_bytes(case: Case, size: int) -> int:
     """Of AdamW's resting state (10 an element), exact mode's gradients, weights at home."""
     state = {"chunk": 10 * size * min(case.few, case.chunks) // case.chunks, "exact": 12 * size}
+    state = {method: bytes_ // case.ranks for method, bytes_ in state.items()}
     return PROCESS + state.get(case.method, 0) + (2 * size if case.streamed else 0)
 
 

@@ -193,7 +193,15 @@ def _plan(words: list[str]) -> int:
     )
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, or llama-2-7b, ...")
     parser.add_argument("--memory", help="for tensors on the device: 24GiB, 80GB")
-    parser.add_argument("--gpus", help="a card by name, such as rtx-4090; `none` is this computer")
+    parser.add_argument(
+        "--gpus", help="a card by name, or several: rtx-4090, 2xH800; `none` is this computer"
+    )
+    parser.add_argument(
+        "--shard",
+        choices=["auto", "fsdp", "ddp"],
+        default="auto",
+        help="of several cards: each has a share of every weight, or all; auto: all if they fit",
+    )
     parser.add_argument("--seq", type=int, help="tokens of a row [1024, or the data's longest]")
     parser.add_argument(
         "--dataset-name",
@@ -208,7 +216,9 @@ def _plan(words: list[str]) -> int:
     parser.add_argument("--method", choices=["chunk", "exact", "full"], default="chunk")
     parser.add_argument("--chunks", type=int, help="K; left open, the least that fits, from 8")
     parser.add_argument("--interval", type=int, default=1, help="T, steps of a visit [1]")
-    parser.add_argument("--layout", choices=["spread", "stream"], default="spread")
+    parser.add_argument(
+        "--layout", choices=["spread", "stream"], help="of chunks [spread; stream beside fsdp]"
+    )
     parser.add_argument("--store", default="host", help="host, device, or a directory [host]")
     parser.add_argument(
         "--stream-weights",

@@ -64,9 +64,8 @@ class _Pool:
         for rank in range(count):
             ours, theirs = context.Pipe()
             meeting = str(Path(self.folder.name) / "meeting")
-            process = context.Process(
-                target=_serve, args=(rank, count, meeting, theirs), daemon=True
-            )
+            # no daemon, for those may have no children; it ends when its pipe does
+            process = context.Process(target=_serve, args=(rank, count, meeting, theirs))
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -127,8 +126,9 @@ def _serve(rank: int, count: int, meeting: str, pipe: Connection) -> None:
         meetings += 1
         try:
             if not torch.distributed.is_initialized():  # Trainer's end is the group's end
+                cards = torch.cuda.device_count() >= count
                 torch.distributed.init_process_group(
-                    "gloo",
+                    "cpu:gloo,cuda:nccl" if cards else "gloo",
                     init_method=f"file://{meeting}-{meetings}",
                     rank=rank,
                     world_size=count,

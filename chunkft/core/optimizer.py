@@ -112,7 +112,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
         self._fresh = False  # a visit has begun whose state is yet to be revived, in blocks
         self._active: int | None = None  # chunk attached to the model
         self._gradients = Gradients(self._weights, self.store, self._ranks) if exact else None
-        self._book = {piece: coverage.Record() for chunk in self._own for piece in chunk}
+        self._book = {piece: coverage.Record() for chunk in self.own for piece in chunk}
         self._warned: set[str] = set()
         self._norm: Tensor | None = None
         group_of, settings = groups_.assign(self._weights, groups)
@@ -125,7 +125,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
                 optimizer_class,
                 settings,
                 group_of,
-                self._working_set.view(self._own[k]) if exact else self._working_set.leaves,
+                self._working_set.view(self.own[k]) if exact else self._working_set.leaves,
                 self._ranks.device,
                 store=self.store,
                 master=master,
@@ -197,7 +197,7 @@ class ChunkedOptimizer(torch.optim.Optimizer):
             CoverageError: a chunk whose visit is over was not stepped, or got no gradient at all.
         """
         return coverage.audit(
-            self.partition, self._own, self.schedule, self._steps, self._book, self.exact
+            self.partition, self.own, self.schedule, self._steps, self._book, self.exact
         )
 
     # -- a step ---------------------------------------------------------------------------------
@@ -338,10 +338,10 @@ class ChunkedOptimizer(torch.optim.Optimizer):
 
     def _take(self, partition: Partition, shards: int) -> None:
         self.partition, self._shards = partition, shards
-        self._own = [self._working_set.own(chunk) for chunk in partition]
+        self.own = [self._working_set.own(chunk) for chunk in partition]
         self._rests = [
             rests(chunk, k, partition.shapes, self.store.block, self._cuts)
-            for k, chunk in enumerate(self._own)
+            for k, chunk in enumerate(self.own)
         ]
 
     def _attach(self, k: int | None, new_visit: bool) -> None:

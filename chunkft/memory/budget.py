@@ -40,34 +40,39 @@ class Device:
     """To the host, each way, bytes a second; 0: it is the host."""
     reserved: int = 0
     """Bytes that the driver, CUDA's context and the allocator's gaps take beside tensors."""
+    link: float = 0
+    """To its neighbours of the same kind, each way, bytes a second."""
 
 
 DEVICES = {
     # on the H200 the context took 0.75 to 0.85 GiB and gaps 0.2 to 1.6; the others' are estimates
-    "rtx-4090-24gib": Device(24564 * 2**20, 165e12, 1.008e12, 25e9, GIB * 5 // 4),
-    "a100-80gib": Device(81920 * 2**20, 312e12, 2.039e12, 25e9, GIB * 3 // 2),
-    "h100-80gb": Device(81559 * 2**20, 989e12, 3.35e12, 50e9, GIB * 3 // 2),
-    "h200-141gb": Device(143771 * 2**20, 989e12, 4.8e12, 50e9, GIB * 7 // 4),
+    # links: NVLink, 600, 900 and (H800) 400 GB/s both ways together; a 4090 has the bus only
+    "rtx-4090-24gib": Device(24564 * 2**20, 165e12, 1.008e12, 25e9, GIB * 5 // 4, 25e9),
+    "a100-80gib": Device(81920 * 2**20, 312e12, 2.039e12, 25e9, GIB * 3 // 2, 300e9),
+    "h100-80gb": Device(81559 * 2**20, 989e12, 3.35e12, 50e9, GIB * 3 // 2, 450e9),
+    "h800-80gb": Device(81559 * 2**20, 989e12, 3.35e12, 50e9, GIB * 3 // 2, 200e9),
+    "h200-141gb": Device(143771 * 2**20, 989e12, 4.8e12, 50e9, GIB * 7 // 4, 450e9),
     # room for the system and its other programs
     "laptop-16gib": Device(16 * GIB, 1e12, 60e9, 0, 4 * GIB),
 }
 HOST_BANDWIDTH = 60e9  # bytes a second, where states and weights rest
 
 
-def device_of(name: str) -> Device:
-    """The device of the table whose name contains `name`; `1x` before it is heard.
+def devices_of(name: str) -> tuple[Device, int]:
+    """The device of the table whose name contains `name`, and how many: `2xH800` are two.
 
     Raises:
-        InputError: there is none, or several are asked for.
+        InputError: there is none; several computers, of which each rank would be one.
     """
     many = re.fullmatch(r"(\d+)x(.+)", name.lower())
     count, rest = many.groups() if many else ("1", name.lower())
     found = [key for key in DEVICES if rest in key]
-    if len(found) != 1:
-        raise InputError(f"device {name!r} is not one of {', '.join(DEVICES)}")
-    if count != "1":
-        raise InputError(f"{name}: runs on several devices are not planned yet; plan for one")
-    return DEVICES[found[0]]
+    if len(found) != 1 or count == "0":
+        raise InputError(f"device {name!r} is not one of {', '.join(DEVICES)}; 2xNAME are two")
+    device = DEVICES[found[0]]
+    if count != "1" and not device.link:
+        raise InputError(f"{name}: nothing is known of what joins several; plan for one")
+    return device, int(count)
 
 
 def this_computer() -> Device:

@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from chunkft.core.exact import cuts_of
 from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.core.partition import Slice
 from chunkft.core.passes import rests
+from chunkft.core.ranks import world_size
 from chunkft.core.residence import residence_of
 from chunkft.core.store import State, nbytes
 from chunkft.memory.meter import Measured, Meter
@@ -148,6 +150,10 @@ class DryRun:
     """Layers, and embedding, that visit the device."""
     read: int = 0
     """Bytes of weights that are read for tokens written one after another."""
+    gathered: int = 0
+    """Bytes of weights that a rank sends to the others in a step, where they share them."""
+    averaged: int = 0
+    """Bytes that a rank sends for the means of gradients in a step, the most."""
 
     @property
     def highest(self) -> dict[str, int]:
@@ -180,15 +186,16 @@ def dry_run(
     if offload:
         away.attach(model)
     streams = [s for m in (model, *beside) if isinstance(s := residence_of(m), WeightStream)]
-    copied = 0
+    copied = gathered = averaged = 0
     chunks = [0] if optimizer.exact else list(chunks)
     found: list[Measured] = []
     flops: list[int] = []
     for k in chunks:
         _visit(optimizer, k)
-        with counting_flops() as counter:  # it takes some operations apart
-            backward()
-        optimizer.step()
+        with Traffic() as traffic:
+            with counting_flops() as counter:  # it takes some operations apart
+                backward()
+            optimizer.step()
         # back to the same chunk, whose state comes from the store now
         _visit(optimizer, k)
         meter = Meter(model, optimizer, vocabulary, beside)
@@ -199,7 +206,9 @@ def dry_run(
         copied = max(copied, sum(stream.arena.copied for stream in streams) - before)
         found.append(meter.measured())
         flops.append(counter.get_total_flops())
-    sizes = optimizer.partition.sizes()
+        gathered = max(gathered, traffic.gathered)
+        averaged = max(averaged, traffic.averaged)
+    sizes = [sum(map(optimizer.partition.elements, chunk)) for chunk in optimizer.own]
     if optimizer.exact:
         resting = float(optimizer.store.nbytes)
     else:
@@ -209,14 +218,16 @@ def dry_run(
     homes = sum(unit.nbytes for stream in streams for unit in stream.units)
     units = len(streams[0].units) if streams else 0
     counted = max(sizes), sum(sizes), _at_once(optimizer)
-    return DryRun(found, flops, resting, *counted, away.most, homes, copied, units)
+    away_and_copied = away.most, homes, copied, units
+    return DryRun(found, flops, resting, *counted, *away_and_copied, 0, gathered, averaged)
 
 
 def _at_once(optimizer: ChunkedOptimizer) -> int:
     """Elements of the largest block; of rules that are not elementwise it has whole slices."""
     partition, size = optimizer.partition, optimizer.store.block
     cuts, shapes = cuts_of(type(optimizer.rule), optimizer.defaults), partition.shapes
-    parts = [x for k, chunk in enumerate(partition) for x in rests(chunk, k, shapes, size, cuts)]
+    own = enumerate(optimizer.own)
+    parts = [x for k, chunk in own for x in rests(chunk, k, shapes, size, cuts)]
     return max(sum(map(partition.elements, part.block)) for part in parts)
 
 
@@ -231,6 +242,26 @@ def _resting(optimizer: ChunkedOptimizer) -> float:
         for key, value in entry["values"].items()
     }
     return float(nbytes((codec.encode(kept) if codec else kept).values()))
+
+
+class Traffic(TorchDispatchMode):
+    """What this rank sends to others, who pass parts on in a ring: all of a tensor but its own
+    part, and that twice where it is added up and handed out again (all-reduce)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathered = self.averaged = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            sizes = [x.numel() * x.element_size() for x in tree_iter(args) if torch.is_tensor(x)]
+            sent = max(sizes, default=0) * (world_size() - 1) // world_size()
+            name = str(func)
+            self.gathered += sent * ("allgather_base" in name)  # not fingerprints
+            self.averaged += sent * (("reduce_scatter" in name) + 2 * ("allreduce" in name))
+        return func(*args, **(kwargs or {}))
 
 
 class _Away:

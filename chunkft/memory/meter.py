@@ -174,14 +174,16 @@ class Meter(TorchDispatchMode):
                 self._gathered[id(storage)] = weakref.ref(storage)
 
     def _follow_gathered(self) -> None:
+        """Those that are filled: an empty one is seen when it is filled again."""
         for key, alive in list(self._gathered.items()):
             storage, known = alive(), self._known.get(key)
-            if storage is None or known is None:
-                del self._gathered[key]
-            elif (size := storage.nbytes()) != known.size:
+            size = 0 if storage is None else storage.nbytes()
+            if known is not None and size != known.size:
                 change = size - known.size
                 self._events.append(_Event(time.perf_counter(), known.number, change, ""))
                 self._known[key] = known._replace(size=size)
+            if not size:
+                del self._gathered[key]
 
     def _passing(self, tensor: Tensor) -> str:
         if self._stepping:

@@ -6,11 +6,13 @@ stays. The settings chosen are run dry themselves before anything is promised.
 
     device   weights + activations + logits + gradient + master + state + workspace, at the peak
     host     resting state and streamed weights where they rest there, the process itself,
-             offloaded inputs
+             offloaded inputs; of all ranks
     disk     the same two where the store is a directory
     seconds  at least the largest of: FLOPs / device's FLOPs a second, bytes over the bus / bus,
              bytes moved in host memory / its bandwidth, weights read for each token that is
-             written / the device's bandwidth
+             written / the device's bandwidth, bytes sent to other ranks / the link
+
+Of several ranks the plan is the first one's, who has the most: all do the same work.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +21,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from chunkft.core.store import GIB, Store
-from chunkft.errors import ChunkFTError, NoLayersError, UnsupportedError
+from chunkft.errors import ChunkFTError, NoLayersError, PartitionError, UnsupportedError
 from chunkft.memory.budget import HOST_BANDWIDTH, Device
 from chunkft.memory.dry_run import DryRun
 from chunkft.memory.eight_bit import EightBitMoments
@@ -44,6 +46,9 @@ class DoesNotFitError(ChunkFTError, ValueError):
         super().__init__(message)
         self.needed = needed
 
+    def __reduce__(self) -> Any:  # one rank tells the others
+        return type(self), (str(self), self.needed)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -65,6 +70,10 @@ class Choice:
     """Elements of the active chunk's state that are on the device at once, in the step only."""
     resident_layers: int = 0
     """Layers that stay on the device beside streamed weights, the last ones."""
+    ranks: int = 1
+    """Devices of one computer that train together, a process each."""
+    shard: bool = False
+    """Each rank has a share of the rows of every weight (FSDP2), and not all of them."""
 
     @property
     def rests_on_disk(self) -> bool:
@@ -80,20 +89,27 @@ class Plan:
 
     choice: Choice
     bytes: dict[str, int]
-    """On the device at its peak, by kind."""
+    """On the device at its peak, by kind; on each, where there are several."""
     highest: dict[str, int]
     """The most of each kind, at whatever moment."""
     resting: int
+    """Of each rank's state, as are homes of its weights."""
     host: int
+    """Of all ranks together, as is disk: they share a computer."""
     disk: int
     seconds: dict[str, float]
-    """Lower bounds of one optimizer step: flop, bus, host; memory, where tokens are written."""
+    """Lower bounds of one optimizer step: flop, bus, host; memory, where tokens are written; link,
+    between devices."""
     memory: int
     """What was given, in bytes."""
     homes: int = 0
     """Bytes of streamed weights where they rest."""
     units: int = 0
     """Layers, and embedding, that they are."""
+    gathered: int = 0
+    """Bytes of weights that a rank sends to the others in a step."""
+    averaged: int = 0
+    """Bytes that a rank sends for the means of gradients in a step, at most."""
 
     @property
     def total(self) -> int:
@@ -141,7 +157,11 @@ def ladder(start: Choice, on_host: bool, free: Sequence[str]) -> Iterator[Choice
     apart = start.rests_on_disk or (start.store == "host" and not on_host)
     if "block" in free and apart and rung.method == "chunk" and rung.block is None:
         yield replace(rung, block=BLOCK)
-    if "stream_weights" in free and apart and not start.stream_weights:
+    if "shard" in free and not (start.shard or start.stream_weights):
+        # a chunk in few tensors: FSDP averages whole ones
+        layout = "stream" if "layout" in free and start.method == "chunk" else start.layout
+        yield from ladder(replace(start, shard=True, layout=layout), on_host, free)
+    if "stream_weights" in free and apart and not (start.stream_weights or start.shard):
         yield from ladder(replace(start, stream_weights=True), on_host, free)
 
 
@@ -164,21 +184,24 @@ def make_plan(
     """
     refused: list[Plan] = []
     rungs = list(ladder(start, device.bus == 0, free))
-    for streamed, same in groupby(rungs, key=lambda rung: rung.stream_weights):
-        otherwise = rungs[-1].stream_weights and not streamed
+    for where, same in groupby(rungs, key=_where):
+        shard, streamed = where
+        otherwise = _where(rungs[-1]) != where
         try:
             found = _search(trial, same, limits, device, free, refused, otherwise)
         except (NoLayersError, UnsupportedError):
-            if streamed == start.stream_weights:
+            if where == _where(start):
                 raise
-            # no layers that could be streamed, which nobody asked for
-            rest = [name for name in free if name != "stream_weights"]
+            # no layers that could be streamed, or nothing to share, which nobody asked for
+            lost = "stream_weights" if streamed else "shard"
+            rest = [name for name in free if name != lost]
             return make_plan(trial, start, limits, device, rest)
         if found:
             best = min(found, key=lambda plan: plan.choice.chunks)
             chosen = streamed and not start.stream_weights
             return _keep_layers(trial, best, limits, device) if chosen else best
-        if _lack_host(refused, limits, device):
+        # of shares of the weights each rank has a share of the state too
+        if _lack_host(refused, limits, device) and (shard or "shard" not in free):
             break
     if by_host := _lack_host(refused, limits, device):
         floor = min(by_host, key=lambda plan: plan.host)
@@ -189,6 +212,11 @@ def make_plan(
     if not by_host:
         cure += _by_streaming(trial, start, needed, limits, device, free)
     raise DoesNotFitError(cure, needed)
+
+
+def _where(choice: Choice) -> tuple[bool, bool]:
+    """What decides where the weights are."""
+    return choice.shard, choice.stream_weights
 
 
 def _search(
@@ -207,10 +235,10 @@ def _search(
     """
     found: list[Plan] = []
     for rung in rungs:
-        tried = trial(rung)
+        tried_at, tried = _tried(trial, rung, free)
         for choice in _by_chunks(rung, free):
-            plan = _predict(choice, tried, rung, limits, device)
-            if choice != rung and _fits(plan, limits, device):
+            plan = _predict(choice, tried, tried_at, limits, device)
+            if choice != tried_at and _fits(plan, limits, device):
                 plan = _predict(choice, trial(choice), choice, limits, device)
             if _fits(plan, limits, device):
                 found.append(plan)
@@ -222,6 +250,18 @@ def _search(
         if too_large and otherwise:
             break  # the weights alone have no room, whatever else is done
     return found
+
+
+def _tried(trial: Trial, rung: Choice, free: Sequence[str]) -> tuple[Choice, DryRun]:
+    """A dry run of the rung and its choice: with blocks one of more chunks, since all blocks are
+    alike and a large chunk has hundreds."""
+    if rung.block and "chunks" in free:
+        small = replace(rung, chunks=max(PREFERRED, rung.chunks))
+        try:
+            return small, trial(small)
+        except PartitionError:
+            pass  # so small a model
+    return rung, trial(rung)
 
 
 def _keep_layers(trial: Trial, plan: Plan, limits: Limits, device: Device) -> Plan:
@@ -243,8 +283,8 @@ def _lack_host(refused: Sequence[Plan], limits: Limits, device: Device) -> list[
 
 
 def _needed(plan: Plan, device: Device) -> int:
-    """Bytes of the memory that is bounded."""
-    return plan.host if device.bus == 0 else plan.total
+    """Bytes of the memory that is bounded, of each rank's."""
+    return plan.host // plan.choice.ranks if device.bus == 0 else plan.total
 
 
 def _by_streaming(
@@ -253,6 +293,8 @@ def _by_streaming(
     """What streamed weights would take, where they were not to be chosen and take less."""
     on_host = device.bus == 0
     if start.stream_weights or "stream_weights" in free or (on_host and not start.rests_on_disk):
+        return ""
+    if start.shard:
         return ""
     *_, rung = ladder(replace(start, stream_weights=True), on_host, free)
     *_, choice = _by_chunks(rung, free)
@@ -280,7 +322,7 @@ def _predict(choice: Choice, tried: DryRun, at: Choice, limits: Limits, device: 
     share = at.chunks / choice.chunks
     largest = tried.largest * share
     at_once = min(largest, tried.at_once if choice.block else largest)
-    on_host = device.bus == 0
+    on_host, ranks = device.bus == 0, choice.ranks
     rests = choice.chunks > 1 or choice.block is not None
     moves = not on_host and choice.store != "device" and rests
     # one chunk's state as it rests: on a card it comes as a whole, its low bits stay along with it,
@@ -322,15 +364,18 @@ def _predict(choice: Choice, tried: DryRun, at: Choice, limits: Limits, device: 
     if tried.read:
         seconds["memory"] = tried.read / device.bandwidth
     seconds["bus"] = 0.0 if on_host else moved / device.bus
-    seconds["host"] = moved / (device.bandwidth if on_host else HOST_BANDWIDTH)
+    seconds["host"] = ranks * moved / (device.bandwidth if on_host else HOST_BANDWIDTH)
+    if ranks > 1 and device.link:
+        seconds["link"] = (tried.gathered + tried.averaged) / device.link
     host += sum(peak.values()) if on_host else 0
-    memory, homes = limits.device, tried.homes
-    return Plan(choice, peak, highest, resting, host, disk, seconds, memory, homes, tried.units)
+    places = peak, highest, resting, ranks * host, ranks * disk, seconds, limits.device
+    sent = tried.gathered, tried.averaged
+    return Plan(choice, *places, tried.homes, tried.units, *sent)
 
 
 def _fits(plan: Plan, limits: Limits, device: Device) -> bool:
     if device.bus == 0:  # the state rests in the same memory
-        return plan.host <= limits.device and plan.disk <= (limits.disk or plan.disk)
+        return _needed(plan, device) <= limits.device and plan.disk <= (limits.disk or plan.disk)
     return (
         plan.total <= limits.device
         and plan.host <= (limits.host or plan.host)
@@ -345,15 +390,19 @@ def _cure(floor: Plan, needed: int, limits: Limits, device: Device, free: Sequen
         cures = ["a smaller model", *cures]
     if device.bus == 0 and floor.choice.store == "host":
         cures.insert(0, f"--store DIR ({floor.resting / GIB:.2f} GiB of state on disk)")
+    if floor.choice.ranks > 1 and not floor.choice.shard:
+        cures.insert(0, "--shard fsdp")
     for name in ("chunks", "checkpointing", "offload", "block"):
         if name not in free and (device.bus or name not in ("offload", "block")):
             cures.append(f"leaving {name} open")
     if device.bus and floor.total <= limits.device and limits.host:
         return (
             f"needs {floor.host / GIB:.2f} GiB of host memory, {limits.host / GIB:.2f} given: "
-            f"--store DIR puts {(floor.resting + floor.homes) / GIB:.2f} GiB of state on disk"
+            f"--store DIR puts {floor.choice.ranks * (floor.resting + floor.homes) / GIB:.2f} GiB "
+            f"of state on disk"
         )
     where = " with --stream-weights" if floor.choice.stream_weights else ""
+    where = " with --shard fsdp" if floor.choice.shard else where
     return (
         f"needs {needed / GIB:.2f} GiB at least{where}, {limits.device / GIB:.2f} given (most of "
         f"it {largest}: {floor.bytes[largest] / GIB:.2f} GiB); would fit: --memory "

@@ -44,9 +44,7 @@ def build_chunks(
     rotation, planned = _rotation(job, trainer, steps, kept), None
     if ranks := config_of(model):
         plan_ranks(ranks, steps, methods.given_to_peft(job))
-    if job.chunk.memory is not None and job.chunk.shard == "fsdp":
-        print("warning: --memory chooses nothing where weights are sharded; give --chunks")
-    elif job.chunk.memory is not None:
+    if job.chunk.memory is not None:
         as_it_is = job.chunk.stream_weights, job.chunk.resident_layers
         rotation, planned = fit(job, trainer, rotation, steps, resuming=kept is not None)
         planned_so = job.chunk.stream_weights, job.chunk.resident_layers

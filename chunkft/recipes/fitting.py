@@ -1,7 +1,9 @@
 """`--memory`: settings of a run that fit, by the plan."""
 
 import inspect
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +17,12 @@ from chunkft.core.store import GIB
 from chunkft.errors import InputError
 from chunkft.memory.budget import Device, installed, parse_bytes, this_computer
 from chunkft.memory.plan import Choice, Limits, Plan
-from chunkft.models.attention import NAME as VARLEN
+from chunkft.models import attention
 from chunkft.recipes.job import Job
 from chunkft.recipes.planning import OFFLOAD, plan
 from chunkft.recipes.records import prompt_lengths
 from chunkft.recipes.trial import Answers, Workload
+from chunkft.train import processes
 from chunkft.train.config import CHECKPOINTING, Rotation, choose_rotation
 
 
@@ -98,13 +101,15 @@ def fit(
         settings.state_bits,
         settings.state_block if settings.method == "chunk" else None,
         settings.resident_layers,
+        world_size(),
+        settings.shard == "fsdp",
     )
     if settings.method == "exact":  # slices in the model's order
         start = replace(start, layout="stream")
     assert settings.memory is not None
     device = this_computer()
-    limits = Limits(parse_bytes(settings.memory), installed() if device.bus else None)
-    found = plan(model.config, load, limits, device, start, tuple(free))
+    limits = Limits(parse_bytes(settings.memory), _host_memory() if device.bus else None)
+    found = processes.from_main(lambda: _planned(model.config, load, limits, device, start, free))
     choice = found.choice
     args.activation_checkpointing = args.gradient_checkpointing = choice.checkpointing
     if choice.offload and not offload:
@@ -127,7 +132,23 @@ def fit(
     return choose_rotation(chunks, interval, steps, elements, interval), found
 
 
+def _planned(*args: Any) -> Plan:
+    """`plan` of the arguments; beside other ranks in a process that has none, for a plan has ranks
+    of its own."""
+    if world_size() == 1:
+        return plan(*args)
+    with ProcessPoolExecutor(1, get_context("spawn"), attention.register) as pool:
+        return pool.submit(plan, *args).result()
+
+
+def _host_memory() -> int:
+    """Of all computers that the ranks run on, as if they were alike."""
+    return installed() * -(-world_size() // max(1, torch.cuda.device_count()))
+
+
 def _where(choice: Choice) -> str:
+    if choice.shard:
+        return f"sharded over {choice.ranks} ranks"
     if not choice.stream_weights:
         return "on the device"
     stay = choice.resident_layers
@@ -148,8 +169,8 @@ def _load(job: Job, trainer: Trainer, model: Any) -> Workload:
     """
     args, shape = trainer.args, _shape(job, trainer)
     rule, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
-    attention = model.config._attn_implementation or "sdpa"
-    unpadded = attention == VARLEN and getattr(trainer.data_collator, "padding_free", False)
+    attends = model.config._attn_implementation or "sdpa"
+    unpadded = attends == attention.NAME and getattr(trainer.data_collator, "padding_free", False)
     return Workload(
         seq=shape.longest,
         batch=args.per_device_train_batch_size * (2 if shape.pairs else 1),
@@ -157,7 +178,7 @@ def _load(job: Job, trainer: Trainer, model: Any) -> Workload:
         dtype=next(p.dtype for p in model.parameters() if p.is_floating_point()),
         rule=rule if isinstance(rule, type) else torch.optim.AdamW,
         kwargs=kwargs,
-        attention=attention,
+        attention=attends,
         # a row alone is never padded
         masked=shape.pairs
         or shape.answers is not None

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from chunkft.core.store import GIB
 from chunkft.errors import InputError
-from chunkft.memory.budget import DEVICES, Device, device_of, parse_bytes, smallest_of
+from chunkft.memory.budget import DEVICES, Device, devices_of, parse_bytes, smallest_of
 from chunkft.memory.eight_bit import EightBitMoments
 from chunkft.memory.plan import Choice, DoesNotFitError, Limits, Plan, make_plan
 from chunkft.models.shapes import config_of
@@ -24,20 +24,24 @@ from chunkft.train.config import FEWEST_CHUNKS
 # transformers' own: inputs of checkpointed layers in page-locked memory until backward
 OFFLOAD = {"offload": True}
 SEQ = 1024  # tokens of a row, as TRL's max_length
-FREE = ("chunks", "checkpointing", "offload", "block", "stream_weights")
+FREE = ("chunks", "checkpointing", "offload", "block", "shard", "stream_weights")
 
 
 def run(options: argparse.Namespace) -> int:
     """`chunkft plan`; returns the exit code: 0, or 2 when it does not fit."""
     memory = parse_bytes(options.memory) if options.memory else None
+    ranks = 1
     if options.gpus == "none":
         device = DEVICES["laptop-16gib"]
     elif options.gpus:
-        device = device_of(options.gpus)
+        device, ranks = devices_of(options.gpus)
     elif memory is not None:
         device = smallest_of(memory)
     else:
         raise InputError("give --memory 24GiB, or --gpus with one of " + ", ".join(DEVICES))
+    if options.shard == "fsdp" and (ranks == 1 or options.stream_weights):
+        beside = "--stream-weights" if options.stream_weights else "one device: --gpus 2xNAME"
+        raise InputError(f"--shard fsdp does not go with {beside}")
     for name in ("seq", "batch", "accumulation", "interval"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise InputError(f"--{name} {getattr(options, name)} must be at least 1")
@@ -49,6 +53,8 @@ def run(options: argparse.Namespace) -> int:
     if options.recipe:
         from chunkft.recipes import presets  # it takes PEFT and bitsandbytes
 
+        if ranks > 1:
+            raise InputError(f"--recipe {options.recipe} plans one device, not {options.gpus}")
         config, seq = config_of(options.model), options.seq or 2 * presets.TOKENS
         return presets.show(options.model, config, limits, device, seq, options.json)
     rows = None
@@ -58,7 +64,10 @@ def run(options: argparse.Namespace) -> int:
         options.seq = rows.longest if rows else SEQ
     load = Workload(options.seq, options.batch, options.accumulation, getattr(torch, options.dtype))
     start = Choice(options.method, options.chunks or FEWEST_CHUNKS, options.interval)
-    start = replace(start, layout=options.layout, store=options.store)
+    start = replace(start, layout=options.layout or "spread", store=options.store)
+    start = replace(start, ranks=ranks, shard=options.shard == "fsdp")
+    if start.shard and options.layout is None and options.method == "chunk":
+        start = replace(start, layout="stream")
     start = replace(start, stream_weights=options.stream_weights, state_bits=options.state_bits)
     start = replace(start, block=options.state_block, resident_layers=options.resident_layers)
     if options.resident_layers < 0:
@@ -66,6 +75,10 @@ def run(options: argparse.Namespace) -> int:
     if options.method == "full":  # nothing rests
         start = replace(start, chunks=1, block=None, state_bits=32)
     free = FREE[1:] if options.chunks else FREE
+    if ranks == 1 or options.shard != "auto":
+        free = tuple(name for name in free if name != "shard")
+    if options.layout is None:
+        free = (*free, "layout")
     try:
         found = plan(config_of(options.model), load, limits, device, start, free)
     except DoesNotFitError as error:
@@ -110,17 +123,31 @@ def as_text(found: Plan, name: str, load: Workload) -> str:
     """The plan as a table."""
     choice = found.choice
     lines = [f"{name}, {load.batch} x {load.seq} tokens, {str(load.dtype).removeprefix('torch.')}"]
-    lines += ["", f"{'on the device, at its peak':<34}{'GiB':>9}"]
+    where = "on the device, at its peak"
+    if choice.ranks > 1:
+        lines[0] += f", on each of {choice.ranks} devices"
+        where = "on each device, at its peak"
+    lines += ["", f"{where:<34}{'GiB':>9}"]
     lines += [f"  {kind:<32}{size / GIB:>9.2f}" for kind, size in found.bytes.items() if size]
     lines += [f"  {'total':<32}{found.total / GIB:>9.2f}   of {found.memory / GIB:.2f}"]
-    lines += [f"{'host memory':<34}{found.host / GIB:>9.2f}"]
+    of_all = " of all ranks" if choice.ranks > 1 else ""
+    lines += [f"{'host memory' + of_all:<34}{found.host / GIB:>9.2f}"]
     lines += [f"{'disk':<34}{found.disk / GIB:>9.2f}"]
     if found.homes:
-        lines += [f"{'  of these streamed weights':<34}{found.homes / GIB:>9.2f}"]
+        homes = found.homes * choice.ranks
+        lines += [f"{'  of these streamed weights':<34}{homes / GIB:>9.2f}"]
+    if choice.ranks > 1:
+        lines += ["", f"{'a rank sends to the others a step':<34}{'GiB':>9}"]
+        lines += [f"{'  weights that they share':<34}{found.gathered / GIB:>9.2f}"]
+        lines += [f"{'  means of gradients, at most':<34}{found.averaged / GIB:>9.2f}"]
     lines += [""]
     bounds = ", ".join(f"{name} {value:.3g}" for name, value in found.seconds.items())
     lines += [f"seconds a step, at least: {max(found.seconds.values()):.3g}  (bounds: {bounds})"]
-    words = [f"--method {choice.method}"]
+    words = []
+    if choice.ranks > 1:
+        words = [f"torchrun --nproc-per-node {choice.ranks} -m chunkft sft"]
+        words.append("--shard fsdp" if choice.shard else "--shard ddp")
+    words.append(f"--method {choice.method}")
     if choice.method != "full":
         words.append(f"--chunks {choice.chunks} --store {choice.store}")
         words += ["--state_bits 8"] if choice.state_bits == 8 else []

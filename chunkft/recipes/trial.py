@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -71,6 +72,27 @@ class HostStore(Store):
     def room(self, key: str, like: torch.Tensor) -> torch.Tensor:
         self._rooms[key] = torch.empty_like(like)
         return self._rooms[key]
+
+
+@contextmanager
+def simulated_ranks(count: int, device: str = "cpu") -> Iterator[Any]:
+    """Within it this process is the first of `count` in a group, of which the others are not there:
+    each seems to send what this one does. Yields the mesh of all; None if there is one only.
+
+    Args:
+        device: the kind where tensors are.
+    """
+    if count == 1:
+        yield None
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+    try:
+        yield init_device_mesh(device, (count,))
+    finally:
+        dist.destroy_process_group()
 
 
 def checkpoint_layers(model: Any) -> None:
@@ -133,11 +155,12 @@ def trial_of(config: PretrainedConfig, load: Workload, on_host: bool) -> Callabl
     labels = {(load.batch, load.seq - 1): scored} if load.answers else {}
 
     def trial(choice: Choice) -> DryRun:
-        with fake(labels), as_input_error(f"a dry run of {type(config).__name__}"):
-            model, base = _model(config, load, choice)
+        what = f"a dry run of {type(config).__name__}"
+        with simulated_ranks(choice.ranks) as mesh, fake(labels), as_input_error(what):
+            model, base = _model(config, load, choice, mesh)
             readers: list[Any] = []
             if load.reference == "copy":
-                reference, _ = _model(config, replace(load, adapter=None), choice)
+                reference, _ = _model(config, replace(load, adapter=None), choice, mesh)
                 readers = [reference.eval().requires_grad_(False)]
             if choice.checkpointing:
                 checkpoint_layers(base)
@@ -147,8 +170,9 @@ def trial_of(config: PretrainedConfig, load: Workload, on_host: bool) -> Callabl
             steps = _Steps(model, base, readers, load)
             last = len(optimizer.partition) - 1
             # embedding and head are in the outer ones; streamed weights have leaves of their own,
-            # most of them where both this chunk and the next are inside layers
-            inside = {last // 2} if choice.stream_weights else set[int]()
+            # most of them where both this chunk and the next are inside layers; shards are averaged
+            # by whole tensors, of which a chunk inside cuts two
+            inside = {last // 2} if choice.stream_weights or choice.shard else set[int]()
             chunks = [0] if choice.layout == "spread" else sorted({0, last} | inside)
             width = config.get_text_config().vocab_size
             found = dry_run(
@@ -159,8 +183,12 @@ def trial_of(config: PretrainedConfig, load: Workload, on_host: bool) -> Callabl
     return trial
 
 
-def _model(config: PretrainedConfig, load: Workload, choice: Choice) -> tuple[Any, Any]:
-    """The model in training mode, with what is around it, and the one within."""
+def _model(config: PretrainedConfig, load: Workload, choice: Choice, mesh: Any) -> tuple[Any, Any]:
+    """The model in training mode, with what is around it, and the one within.
+
+    Args:
+        mesh: torch's, of the ranks that share its weights where the choice is so.
+    """
     config = copy.deepcopy(config)
     vars(config).pop("quantization_config", None)  # it is load.quantize
     model: Any = AutoModelForCausalLM.from_config(
@@ -173,6 +201,10 @@ def _model(config: PretrainedConfig, load: Workload, choice: Choice) -> tuple[An
         model = adapted(model, load.adapter)
     if choice.stream_weights:
         stream_weights(model, resident=choice.resident_layers)
+    if choice.shard:
+        from chunkft.train import sharding  # PEFT is needed for it
+
+        sharding.shard(model, torch.device("cpu"), mesh)
     return model, base
 
 

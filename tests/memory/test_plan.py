@@ -6,7 +6,7 @@ import pytest
 
 from chunkft.core.store import GIB
 from chunkft.errors import InputError, NoLayersError
-from chunkft.memory.budget import DEVICES, Device, device_of, parse_bytes, smallest_of
+from chunkft.memory.budget import DEVICES, Device, devices_of, parse_bytes, smallest_of
 from chunkft.memory.dry_run import DryRun
 from chunkft.memory.meter import KINDS, Measured, Reading
 from chunkft.memory.plan import BLOCK, LIBRARY, Choice, DoesNotFitError, Limits, make_plan
@@ -252,9 +252,12 @@ def test_amounts_that_are_none(text: str) -> None:
 
 
 def test_cards_by_name() -> None:
-    assert device_of("4090") is device_of("1xRTX-4090-24GiB") is DEVICES["rtx-4090-24gib"]
+    card = DEVICES["rtx-4090-24gib"]
+    assert devices_of("4090") == devices_of("1xRTX-4090-24GiB") == (card, 1)
+    assert devices_of("2xH800-80GB") == (DEVICES["h800-80gb"], 2)
     assert smallest_of(30 * GIB) is DEVICES["h100-80gb"]
-    with pytest.raises(InputError, match="several devices"):
-        device_of("2xH100-80GB")
-    with pytest.raises(InputError, match="is not one of"):
-        device_of("voodoo2")
+    with pytest.raises(InputError, match="what joins several"):
+        devices_of("2xlaptop")
+    for name in ("voodoo2", "0x4090", "80gb"):
+        with pytest.raises(InputError, match="is not one of"):
+            devices_of(name)

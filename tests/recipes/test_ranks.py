@@ -150,9 +150,19 @@ def test_what_does_not_go_together_is_refused_on_all_ranks(sft, tmp_path):
 def test_weights_that_fit_are_not_sharded(sft):
     _, told = sft(2, "fits", *CHUNKS, "--max_steps", 8)
     assert "FSDP2" not in told[0][1]
-    _, told = sft(2, "small", *CHUNKS, "--memory", "100KB")
-    assert "sharded over 2 ranks (FSDP2)" in told[0][1]
-    assert "--memory chooses nothing where weights are sharded" in told[0][1]
+
+
+@pytest.mark.parametrize("shard", ["ddp", "fsdp"])
+def test_ranks_are_planned(sft, shard):
+    """Of a CPU the memory is a process's, which takes a GiB before it holds a tensor."""
+    folder, told = sft(2, "planned", "--shard", shard, "--memory", "1.01GiB")
+    assert "plan for 1.01GiB" in told[0][1]
+    where = "sharded over 2 ranks" if shard == "fsdp" else "on the device"
+    assert f"weights {where}" in told[0][1]
+    assert metrics(folder)["steps"] == STEPS
+    _, told = sft(2, "none", "--shard", shard, "--memory", "100KB", code=2)
+    for rank, (_, _, error) in enumerate(told):
+        assert f"error on rank {rank}: needs 1.0" in error
 
 
 def generate(rank, folder, count):
