@@ -37,6 +37,7 @@ FAST: Row = {"chunks": 64, "checkpointing": False}
 VISIT: Row = {"interval": 20, "few": 2, "steps": 20}
 STREAMED: Row = {**LEAN, "streamed": True}
 SHARED: Row = {**LARGE, "few": 2, "steps": 2, "layout": "stream", "ranks": 2, "shard": True}
+SHARED_SMALL: Row = {**SHARED, "chunks": 64}
 CASES = [
     Case("llama-2-7b", 1, "chunk", **LEAN),
     Case("llama-2-7b", 1, "chunk", **STREAMED),
@@ -48,7 +49,7 @@ CASES = [
     Case("llama-2-7b", 8, "lora"),
     Case("llama-3-70b", 1, "chunk", **LARGE),
     Case("llama-3-70b", 1, "chunk", **SHARED),
-    Case("llama-3-8b", 1, "chunk", **SHARED | {"chunks": 64}),
+    Case("llama-3-8b", 1, "chunk", **SHARED_SMALL),
     Case("llama-3-8b", 1, "chunk", **LEAN),
     Case("llama-3-8b", 1, "chunk", **STREAMED),
     Case("llama-2-7b", 1, "exact", steps=3),

@@ -9,7 +9,7 @@ position has a label.
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -154,6 +154,8 @@ class DryRun:
     """Bytes of weights that a rank sends to the others in a step, where they share them."""
     averaged: int = 0
     """Bytes that a rank sends for the means of gradients in a step, the most."""
+    group: int = 0
+    """Bytes of the weights that are gathered together, the most."""
 
     @property
     def highest(self) -> dict[str, int]:
@@ -186,13 +188,15 @@ def dry_run(
     if offload:
         away.attach(model)
     streams = [s for m in (model, *beside) if isinstance(s := residence_of(m), WeightStream)]
-    copied = gathered = averaged = 0
+    copied = 0
+    traffic = Traffic()
     chunks = [0] if optimizer.exact else list(chunks)
     found: list[Measured] = []
     flops: list[int] = []
     for k in chunks:
         _visit(optimizer, k)
-        with Traffic() as traffic:
+        traffic.begin()
+        with traffic if world_size() > 1 else nullcontext():
             with counting_flops() as counter:  # it takes some operations apart
                 backward()
             optimizer.step()
@@ -206,8 +210,6 @@ def dry_run(
         copied = max(copied, sum(stream.arena.copied for stream in streams) - before)
         found.append(meter.measured())
         flops.append(counter.get_total_flops())
-        gathered = max(gathered, traffic.gathered)
-        averaged = max(averaged, traffic.averaged)
     sizes = [sum(map(optimizer.partition.elements, chunk)) for chunk in optimizer.own]
     if optimizer.exact:
         resting = float(optimizer.store.nbytes)
@@ -218,8 +220,8 @@ def dry_run(
     homes = sum(unit.nbytes for stream in streams for unit in stream.units)
     units = len(streams[0].units) if streams else 0
     counted = max(sizes), sum(sizes), _at_once(optimizer)
-    away_and_copied = away.most, homes, copied, units
-    return DryRun(found, flops, resting, *counted, *away_and_copied, 0, gathered, averaged)
+    visiting, sent = (away.most, homes, copied, units), (traffic.gathered, traffic.averaged)
+    return DryRun(found, flops, resting, *counted, *visiting, 0, *sent, traffic.group)
 
 
 def _at_once(optimizer: ChunkedOptimizer) -> int:
@@ -250,17 +252,30 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gathered = self.averaged = 0
+        self.gathered = self.averaged = self.group = 0
+        self._step = {"gathered": 0, "averaged": 0}
+
+    def begin(self) -> None:
+        """A step; what is told is the most of all."""
+        self._step = {"gathered": 0, "averaged": 0}
+
+    def _sent(self, kind: str, size: int) -> None:
+        self._step[kind] += size * (world_size() - 1) // world_size()
+        setattr(self, kind, max(getattr(self, kind), self._step[kind]))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func.namespace == "c10d":
             sizes = [x.numel() * x.element_size() for x in tree_iter(args) if torch.is_tensor(x)]
-            sent = max(sizes, default=0) * (world_size() - 1) // world_size()
-            name = str(func)
-            self.gathered += sent * ("allgather_base" in name)  # not fingerprints
-            self.averaged += sent * (("reduce_scatter" in name) + 2 * ("allreduce" in name))
+            whole, name = max(sizes, default=0), str(func)
+            if "allgather_base" in name:  # not fingerprints
+                self.group = max(self.group, whole)
+                self._sent("gathered", whole)
+            elif "reduce_scatter" in name:
+                self._sent("averaged", whole)
+            elif "allreduce" in name:
+                self._sent("averaged", 2 * whole)
         return func(*args, **(kwargs or {}))
 
 

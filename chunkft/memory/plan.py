@@ -21,7 +21,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from chunkft.core.store import GIB, Store
-from chunkft.errors import ChunkFTError, NoLayersError, PartitionError, UnsupportedError
+from chunkft.errors import ChunkFTError, NoLayersError, UnsupportedError
 from chunkft.memory.budget import HOST_BANDWIDTH, Device
 from chunkft.memory.dry_run import DryRun
 from chunkft.memory.eight_bit import EightBitMoments
@@ -32,6 +32,12 @@ PROCESS = GIB  # interpreter and libraries
 LIBRARY = 32 * 2**20  # cuBLAS's workspace, which the allocator counts
 PREFERRED, MOST = 64, 1024  # chunks: what still learns well (LOG.md), and what is tried at all
 BLOCK = 4 * 2**20  # elements; 64 MiB of fp32 gradient, master and moments
+BLOCKS = 256  # of a chunk in a dry run
+# Of the largest group of weights that FSDP gathers, one: as a whole in the stream of gathers, as
+# gradients in that of means, and its share of those. At the peak of the tensors they are empty, but
+# no other stream's. Reserved minus allocated was 2.45 of 8B's and 2.5 to 2.8 of 70B's largest
+# (benchmarks/results/gpu_h100_202611.md).
+POOLS = 2.5
 FEWEST_STREAMED = 3  # units: two slots are there anyway
 
 
@@ -110,10 +116,18 @@ class Plan:
     """Bytes of weights that a rank sends to the others in a step."""
     averaged: int = 0
     """Bytes that a rank sends for the means of gradients in a step, at most."""
+    pools: int = 0
+    """Bytes beside tensors, which the allocator keeps for FSDP's streams."""
 
     @property
     def total(self) -> int:
+        """Bytes of tensors on the device at its peak."""
         return sum(self.bytes.values())
+
+    @property
+    def needed(self) -> int:
+        """Bytes that the device must have beside what is reserved of it."""
+        return self.total + self.pools
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -234,8 +248,11 @@ def _search(
         otherwise: weights can be streamed where they have no room.
     """
     found: list[Plan] = []
+    elements = 0
     for rung in rungs:
-        tried_at, tried = _tried(trial, rung, free)
+        tried_at = _with_few_blocks(rung, free, elements)
+        tried = trial(tried_at)
+        elements = tried.elements
         for choice in _by_chunks(rung, free):
             plan = _predict(choice, tried, tried_at, limits, device)
             if choice != tried_at and _fits(plan, limits, device):
@@ -252,16 +269,12 @@ def _search(
     return found
 
 
-def _tried(trial: Trial, rung: Choice, free: Sequence[str]) -> tuple[Choice, DryRun]:
-    """A dry run of the rung and its choice: with blocks one of more chunks, since all blocks are
-    alike and a large chunk has hundreds."""
-    if rung.block and "chunks" in free:
-        small = replace(rung, chunks=max(PREFERRED, rung.chunks))
-        try:
-            return small, trial(small)
-        except PartitionError:
-            pass  # so small a model
-    return rung, trial(rung)
+def _with_few_blocks(rung: Choice, free: Sequence[str], elements: int) -> Choice:
+    """`rung` with smaller chunks where one has very many blocks: a dry run takes them all, and they
+    are alike."""
+    while rung.block and "chunks" in free and elements > rung.chunks * rung.block * BLOCKS:
+        rung = replace(rung, chunks=2 * rung.chunks)
+    return rung
 
 
 def _keep_layers(trial: Trial, plan: Plan, limits: Limits, device: Device) -> Plan:
@@ -279,12 +292,12 @@ def _keep_layers(trial: Trial, plan: Plan, limits: Limits, device: Device) -> Pl
 
 def _lack_host(refused: Sequence[Plan], limits: Limits, device: Device) -> list[Plan]:
     """What a card has room for, but not the host beside it."""
-    return [plan for plan in refused if device.bus and plan.total <= limits.device]
+    return [plan for plan in refused if device.bus and plan.needed <= limits.device]
 
 
 def _needed(plan: Plan, device: Device) -> int:
     """Bytes of the memory that is bounded, of each rank's."""
-    return plan.host // plan.choice.ranks if device.bus == 0 else plan.total
+    return plan.host // plan.choice.ranks if device.bus == 0 else plan.needed
 
 
 def _by_streaming(
@@ -370,14 +383,15 @@ def _predict(choice: Choice, tried: DryRun, at: Choice, limits: Limits, device: 
     host += sum(peak.values()) if on_host else 0
     places = peak, highest, resting, ranks * host, ranks * disk, seconds, limits.device
     sent = tried.gathered, tried.averaged
-    return Plan(choice, *places, tried.homes, tried.units, *sent)
+    pools = 0 if on_host else round(POOLS * tried.group)
+    return Plan(choice, *places, tried.homes, tried.units, *sent, pools)
 
 
 def _fits(plan: Plan, limits: Limits, device: Device) -> bool:
     if device.bus == 0:  # the state rests in the same memory
         return _needed(plan, device) <= limits.device and plan.disk <= (limits.disk or plan.disk)
     return (
-        plan.total <= limits.device
+        plan.needed <= limits.device
         and plan.host <= (limits.host or plan.host)
         and plan.disk <= (limits.disk or plan.disk)
     )
@@ -395,7 +409,7 @@ def _cure(floor: Plan, needed: int, limits: Limits, device: Device, free: Sequen
     for name in ("chunks", "checkpointing", "offload", "block"):
         if name not in free and (device.bus or name not in ("offload", "block")):
             cures.append(f"leaving {name} open")
-    if device.bus and floor.total <= limits.device and limits.host:
+    if device.bus and floor.needed <= limits.device and limits.host:
         return (
             f"needs {floor.host / GIB:.2f} GiB of host memory, {limits.host / GIB:.2f} given: "
             f"--store DIR puts {floor.choice.ranks * (floor.resting + floor.homes) / GIB:.2f} GiB "

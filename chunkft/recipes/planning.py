@@ -129,7 +129,9 @@ def as_text(found: Plan, name: str, load: Workload) -> str:
         where = "on each device, at its peak"
     lines += ["", f"{where:<34}{'GiB':>9}"]
     lines += [f"  {kind:<32}{size / GIB:>9.2f}" for kind, size in found.bytes.items() if size]
-    lines += [f"  {'total':<32}{found.total / GIB:>9.2f}   of {found.memory / GIB:.2f}"]
+    if found.pools:
+        lines += [f"  {'kept for the streams of FSDP':<32}{found.pools / GIB:>9.2f}"]
+    lines += [f"  {'total':<32}{found.needed / GIB:>9.2f}   of {found.memory / GIB:.2f}"]
     of_all = " of all ranks" if choice.ranks > 1 else ""
     lines += [f"{'host memory' + of_all:<34}{found.host / GIB:>9.2f}"]
     lines += [f"{'disk':<34}{found.disk / GIB:>9.2f}"]
@@ -172,6 +174,7 @@ def refusal(error: DoesNotFitError, name: str) -> dict[str, Any]:
 def as_json(found: Plan, name: str, load: Workload) -> dict[str, Any]:
     """The plan for programs; amounts in bytes."""
     told = asdict(found) | {"total": found.total, "model": name, "fits": True}
+    told["needed"] = found.needed
     # a Store is no JSON, and would make its directory
     choice = found.choice
     plain = replace(found, choice=replace(choice, state_bits=32, block=None)).settings

@@ -1,5 +1,6 @@
 """The plan's choices on made-up dry runs, where every number is known."""
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -261,3 +262,51 @@ def test_cards_by_name() -> None:
     for name in ("voodoo2", "0x4090", "80gb"):
         with pytest.raises(InputError, match="is not one of"):
             devices_of(name)
+
+
+def sharded(choice: Choice) -> DryRun:
+    """`trial` on ranks that may have a share of the weights each, and gather 1 GiB at once."""
+    found = trial(choice)
+    if not choice.shard:
+        return found
+    (measured,) = found.measured
+    readings = [
+        r._replace(bytes=r.bytes | {"weights": r.bytes["weights"] // choice.ranks})
+        for r in measured.timeline
+    ]
+    one = replace(measured, timeline=readings, peak=max(readings, key=lambda r: r.total))
+    resting = found.resting / choice.ranks
+    return replace(found, measured=[one], resting=resting, group=GIB, gathered=20 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("given", "free", "expected"),
+    [
+        (30, ("shard", "layout"), Choice(ranks=2)),
+        (14, ("shard", "layout"), Choice(ranks=2, shard=True, layout="stream", chunks=64)),
+        (14, ("shard",), Choice(ranks=2, shard=True, chunks=64)),
+        (20, (), Choice(ranks=2, chunks=32)),
+    ],
+)
+def test_ranks_share_weights_where_they_have_no_room(
+    given: float, free: tuple[str, ...], expected: Choice
+) -> None:
+    card = replace(CARD, link=2 * GIB)
+    limits = Limits(given * GIB, host=200 * GIB)
+    plan = make_plan(sharded, Choice(ranks=2), limits, card, ("chunks", *free))
+    assert plan.choice == expected
+    assert plan.pools == (plan.choice.shard and 2.5 * GIB)
+    assert plan.seconds["link"] == (10.0 if plan.choice.shard else 0.0)
+    own = 20 if plan.choice.shard else 40
+    assert plan.host == 2 * (GIB + own * GIB)  # of both ranks
+
+
+def test_ranks_that_lack_room_are_told_of_shares() -> None:
+    limits = Limits(9 * GIB)
+    with pytest.raises(DoesNotFitError, match="or --shard fsdp, or a smaller model"):
+        make_plan(sharded, Choice(ranks=2), limits, CARD, ("chunks",))
+    with pytest.raises(DoesNotFitError, match="GiB at least with --shard fsdp"):
+        make_plan(sharded, Choice(ranks=2), Limits(6 * GIB), CARD, ("chunks", "shard"))
+    error = DoesNotFitError("needs 2 GiB", 2)
+    again = pickle.loads(pickle.dumps(error))  # from one rank to the others
+    assert (str(again), again.needed) == (str(error), error.needed)
