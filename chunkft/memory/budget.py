@@ -1,6 +1,7 @@
 """Devices, and amounts of memory as people write them. GB is 10^9 bytes, GiB is 2^30."""
 
 import os
+import platform
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -81,6 +82,14 @@ def this_computer() -> Device:
         return replace(DEVICES["laptop-16gib"], memory=installed(), reserved=0)
     memory = torch.cuda.get_device_properties(0).total_memory
     return replace(smallest_of(memory), memory=memory)
+
+
+def slow_in_bf16() -> bool:
+    """Whether this computer multiplies bf16 in software, tens of times slower than fp32: an x86 CPU
+    without AVX-512, and no accelerator."""
+    old = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return old and x86 and not torch.accelerator.is_available()
 
 
 def installed() -> int:

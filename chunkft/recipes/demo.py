@@ -14,6 +14,7 @@ from typing import Any
 
 from chunkft.core.store import GIB
 from chunkft.errors import ChunkFTError
+from chunkft.memory.budget import slow_in_bf16
 from chunkft.train.report import METRICS
 
 TASK = "reasoning-gym:word_sequence_reversal?min_words=3&max_words=6"
@@ -41,6 +42,8 @@ def run(output_dir: str, steps: int | None) -> int:
     out = Path(output_dir) / time.strftime("%Y%m%d-%H%M%S")
     steps = STEPS if steps is None else steps
     compared = min(COMPARED, steps)
+    if slow_in_bf16():
+        print("in fp32: this CPU multiplies bf16 in software, tens of times slower")
     print(f"1 of 2: dense AdamW, the first {compared} steps", flush=True)
     dense = _sft(
         out / "dense",
@@ -58,6 +61,8 @@ def run(output_dir: str, steps: int | None) -> int:
 
 def _sft(out: Path, more: list[str]) -> dict[str, Any]:
     words = [sys.executable, "-m", "chunkft", "sft", "--output_dir", str(out), *COMMON, *more]
+    if slow_in_bf16():
+        words += ["--dtype", "float32"]
     if subprocess.run(words, check=False).returncode:
         raise ChunkFTError(f"the run in {out} failed, see above")
     return json.loads((out / METRICS).read_text())

@@ -37,14 +37,19 @@ def evaluate(
 
 
 def _evaluated(trainer: Trainer, data: Data) -> dict[str, float]:
-    """What the trainer's own evaluation says."""
-    if trainer.eval_dataset is not None:
-        result = {"loss": trainer.evaluate()["eval_loss"]}
-    else:
-        train: Any = trainer.train_dataset
-        sample = train.select(range(min(SAMPLE, len(train))))
-        measured = trainer.evaluate(eval_dataset=sample, metric_key_prefix="sample")
-        result = {f"loss of {len(sample)} training rows": measured["sample_loss"]}
+    """What the trainer's own evaluation says of all rows."""
+    drops = trainer.args.dataloader_drop_last  # of several ranks' rows that may be all there are
+    trainer.args.dataloader_drop_last = False
+    try:
+        if trainer.eval_dataset is not None:
+            result = {"loss": trainer.evaluate()["eval_loss"]}
+        else:
+            train: Any = trainer.train_dataset
+            sample = train.select(range(min(SAMPLE, len(train))))
+            measured = trainer.evaluate(eval_dataset=sample, metric_key_prefix="sample")
+            result = {f"loss of {len(sample)} training rows": measured["sample_loss"]}
+    finally:
+        trainer.args.dataloader_drop_last = drops
     told: Mapping[str, float] = getattr(trainer, "judged", {})
     if not data.by_loss:
         return {"mean reward": told["reward"]}

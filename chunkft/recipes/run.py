@@ -7,7 +7,7 @@ from typing import Any
 
 from chunkft.core.optimizer import ChunkedOptimizer
 from chunkft.errors import InputError, as_input_error
-from chunkft.memory.budget import card_peaks
+from chunkft.memory.budget import card_peaks, slow_in_bf16
 from chunkft.models.adapters import METHODS
 from chunkft.models.losses import install_head
 from chunkft.recipes import judging, methods
@@ -77,6 +77,12 @@ def check(job: Job) -> None:
     if "report_to" not in job.given:
         args.report_to = []
     in_16_bits = job.model.dtype != "float32" and job.chunk.method not in METHODS
+    if job.model.dtype in (None, "bfloat16") and slow_in_bf16():
+        # weights, low bits and moments are 12 bytes an element in bf16, and weights and moments too
+        print(
+            "warning: this CPU multiplies bf16 in software, tens of times slower than fp32; "
+            "--dtype float32 takes the same memory where states rest in RAM"
+        )
     if "bf16" not in job.given and in_16_bits:  # autocast would only add casts
         args.bf16 = False
         # what accelerate reads was made of `bf16` when the settings were parsed

@@ -1,13 +1,22 @@
 """The plan's choices on made-up dry runs, where every number is known."""
 
 import pickle
+import platform
 from dataclasses import replace
 
 import pytest
+import torch
 
 from chunkft.core.store import GIB
 from chunkft.errors import InputError, NoLayersError
-from chunkft.memory.budget import DEVICES, Device, devices_of, parse_bytes, smallest_of
+from chunkft.memory.budget import (
+    DEVICES,
+    Device,
+    devices_of,
+    parse_bytes,
+    slow_in_bf16,
+    smallest_of,
+)
 from chunkft.memory.dry_run import DryRun
 from chunkft.memory.meter import KINDS, Measured, Reading
 from chunkft.memory.plan import BLOCK, LIBRARY, Choice, DoesNotFitError, Limits, make_plan
@@ -310,3 +319,18 @@ def test_ranks_that_lack_room_are_told_of_shares() -> None:
     error = DoesNotFitError("needs 2 GiB", 2)
     again = pickle.loads(pickle.dumps(error))  # from one rank to the others
     assert (str(again), again.needed) == (str(error), error.needed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "machine", "slow"),
+    [("AVX2", "x86_64", True), ("AVX512", "x86_64", False), ("DEFAULT", "arm64", False)],
+)
+def test_cpus_that_multiply_bf16_in_software(
+    kind: str, machine: str, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kind)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert slow_in_bf16() is slow
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert not slow_in_bf16()

@@ -99,6 +99,42 @@ def test_sharded_ranks_train_as_one(sft, way, tmp_path):
     check_close(alone, tmp_path / "plain")
 
 
+ROWS = {"packed": WAYS["packed"][2:], "padded": ("--padding_free", "false", *DROP)}
+METHODS = {
+    "spread": (*CHUNKS, "--layout", "spread"),
+    "stream": (*CHUNKS, "--layout", "stream"),
+    "exact": WAYS["exact"],
+    "lora": WAYS["lora"],
+}
+ALL_AT_ONCE = ("--gradient_accumulation_steps", 2, "--gradient_checkpointing", "true")
+ALL_AT_ONCE = (*ALL_AT_ONCE, "--max_grad_norm", 0.1, "--save_steps", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shard", ["ddp", "fsdp"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_train_as_one_in_every_way(sft, ranks, shard, method, rows, tmp_path):
+    """Accumulated, clipped and checkpointed; in chunks of shards one process goes on with them."""
+    words = (*METHODS[method], *ROWS[rows], *ALL_AT_ONCE)
+    folder, _ = sft(ranks, "ranks", "--shard", shard, *words)
+    begun = ()
+    if shard == "fsdp" and method in ("spread", "stream"):
+        begun = ("--resume_from_checkpoint", folder / "checkpoint-4")
+    alone, _ = sft(1, "alone", *words, *begun)
+    both = (metrics(f)["history"] for f in (alone, folder))
+    for x, y in zip(*(history[4 if begun else 0 :] for history in both), strict=True):
+        assert y["loss"] == pytest.approx(x["loss"], rel=1e-5)
+        assert y["grad_norm"] == pytest.approx(x["grad_norm"], rel=1e-4)
+    if method == "lora":
+        return
+    if shard == "fsdp":
+        assert main(["consolidate", str(folder), str(tmp_path / "plain")]) == 0
+        folder = tmp_path / "plain"
+    check_close(alone, folder)
+
+
 @pytest.mark.parametrize("layout", ["spread", "stream"])
 def test_a_sharded_run_goes_on_with_any_number_of_ranks(sft, layout, tmp_path):
     common = (*CHUNKS, "--layout", layout, "--save_steps", 5)
