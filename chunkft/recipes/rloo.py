@@ -9,6 +9,8 @@ from chunkft.recipes.job import Job
 class ChunkRLOOTrainer(rollouts.RolloutTrainer, RLOOTrainer):
     """TRL's trainer on chunks."""
 
+    kl_is_summed = True
+
 
 def run(job: Job) -> int:
     """Do the job; returns the exit code."""

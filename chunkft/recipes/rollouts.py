@@ -33,13 +33,16 @@ from chunkft.recipes.run import check, drive, prepare
 from chunkft.train.trainer import ChunkTrainer
 
 JUDGED = 16  # prompts, where no task scores the model's answers
-# mean KL at the first step: two forward passes of the same weights round alike but for batching
+# Mean KL at the first step: two passes of the same weights round alike but for batching, and
+# for where FSDP puts what it gathers. GRPO's is a token's, RLOO's an answer's.
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-2}
 
 
 class RolloutTrainer(ChunkTrainer):
     """Goes before TRL's trainer; stops a run whose reference is not what the policy begins as."""
 
+    kl_is_summed = False
+    """Over the tokens of an answer; else their mean."""
     beta: float
     temperature: float
     ref_model: Any
@@ -51,6 +54,8 @@ class RolloutTrainer(ChunkTrainer):
         config = getattr(self.model, "active_peft_config", None)
         if kl and not getattr(config, "is_prompt_learning", False):
             bound = ROUNDING.get(computed_in(self), ROUNDING[torch.float32])
+            if self.kl_is_summed:
+                bound *= inputs["completion_mask"].shape[1]
             if not abs(kl[0]) <= bound:
                 raise ReferenceMismatchError(
                     f"before the first step the KL from the reference is {kl[0]:.3g}, not 0 (bound "

@@ -321,7 +321,7 @@ def run_uneven(rank: int, ranks: int, exact: bool) -> Any:
         model(x[rank::ranks]).square().mean().backward()
         optimizer.step()
     optimizer.audit()
-    return full(model), header, [len(chunk) for chunk in optimizer._own]
+    return full(model), header, [len(chunk) for chunk in optimizer.own]
 
 
 @pytest.mark.parametrize("exact", [False, True])
