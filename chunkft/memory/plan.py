@@ -171,7 +171,7 @@ def ladder(start: Choice, on_host: bool, free: Sequence[str]) -> Iterator[Choice
     apart = start.rests_on_disk or (start.store == "host" and not on_host)
     if "block" in free and apart and rung.method == "chunk" and rung.block is None:
         yield replace(rung, block=BLOCK)
-    if "shard" in free and not (start.shard or start.stream_weights):
+    if _may_share(start, free) and not start.stream_weights:
         # a chunk in few tensors: FSDP averages whole ones
         layout = "stream" if "layout" in free and start.method == "chunk" else start.layout
         yield from ladder(replace(start, shard=True, layout=layout), on_host, free)
@@ -215,7 +215,7 @@ def make_plan(
             chosen = streamed and not start.stream_weights
             return _keep_layers(trial, best, limits, device) if chosen else best
         # of shares of the weights each rank has a share of the state too
-        if _lack_host(refused, limits, device) and (shard or "shard" not in free):
+        if _lack_host(refused, limits, device) and (shard or not _may_share(start, free)):
             break
     if by_host := _lack_host(refused, limits, device):
         floor = min(by_host, key=lambda plan: plan.host)
@@ -226,6 +226,10 @@ def make_plan(
     if not by_host:
         cure += _by_streaming(trial, start, needed, limits, device, free)
     raise DoesNotFitError(cure, needed)
+
+
+def _may_share(start: Choice, free: Sequence[str]) -> bool:
+    return "shard" in free and start.ranks > 1 and not start.shard
 
 
 def _where(choice: Choice) -> tuple[bool, bool]:
