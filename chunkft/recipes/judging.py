@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import Trainer
 
+from chunkft.core.ranks import world_size
 from chunkft.recipes.records import SAMPLE, Data
 from chunkft.train import processes
 from chunkft.train.checkpoints import BEFORE
@@ -37,19 +38,22 @@ def evaluate(
 
 
 def _evaluated(trainer: Trainer, data: Data) -> dict[str, float]:
-    """What the trainer's own evaluation says of all rows."""
-    drops = trainer.args.dataloader_drop_last  # of several ranks' rows that may be all there are
-    trainer.args.dataloader_drop_last = False
+    """What the trainer's own evaluation says."""
+    rows: Any = trainer.eval_dataset
+    prefix, what = "eval", "loss"
+    if rows is None:
+        train: Any = trainer.train_dataset
+        rows = train.select(range(min(SAMPLE, len(train))))
+        prefix, what = "sample", f"loss of {len(rows)} training rows"
+    args = trainer.args
+    drops = args.dataloader_drop_last
+    if len(rows) < args.eval_batch_size * world_size():
+        args.dataloader_drop_last = False  # it would drop all there are
     try:
-        if trainer.eval_dataset is not None:
-            result = {"loss": trainer.evaluate()["eval_loss"]}
-        else:
-            train: Any = trainer.train_dataset
-            sample = train.select(range(min(SAMPLE, len(train))))
-            measured = trainer.evaluate(eval_dataset=sample, metric_key_prefix="sample")
-            result = {f"loss of {len(sample)} training rows": measured["sample_loss"]}
+        measured = trainer.evaluate(eval_dataset=rows, metric_key_prefix=prefix)
     finally:
-        trainer.args.dataloader_drop_last = drops
+        args.dataloader_drop_last = drops
+    result = {what: measured[f"{prefix}_loss"]}
     told: Mapping[str, float] = getattr(trainer, "judged", {})
     if not data.by_loss:
         return {"mean reward": told["reward"]}

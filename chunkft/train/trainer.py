@@ -85,13 +85,18 @@ def build_optimizer(
     """The optimizer that `trainer` would make, on chunks; clips in the trainer's place.
 
     Raises:
-        InputError: an optimizer or engine that cannot be driven chunk by chunk.
+        InputError: an optimizer or engine that cannot be driven chunk by chunk; another FSDP.
         UnsupportedError: several devices in one process.
     """
     args, model = trainer.args, trainer.model
     assert isinstance(model, torch.nn.Module)
     optim = str(getattr(args.optim, "value", args.optim))
     refuse_optimizer(optim, args.deepspeed)
+    if args.fsdp or trainer.is_fsdp_enabled:  # after the optimizer is built; on a CPU, never
+        raise InputError(
+            "--fsdp, and FSDP in accelerate's configuration, shard weights behind the optimizer's "
+            "back; leave them out and give --shard fsdp"
+        )
     if args.n_gpu > 1:
         raise UnsupportedError(
             f"{args.n_gpu} GPUs visible to one process, which would wrap the model in "

@@ -172,6 +172,8 @@ def test_a_run_of_one_goes_on_sharded(sft, tmp_path):
 def test_what_does_not_go_together_is_refused_on_all_ranks(sft, tmp_path):
     _, told = sft(1, "one", "--shard", "fsdp", code=2)
     assert "needs several processes: torchrun" in told[0][2]
+    _, told = sft(2, "theirs", "--fsdp", "full_shard", *CHUNKS, code=2)
+    assert "leave them out and give --shard fsdp" in told[1][2]
     _, told = sft(2, "both", "--shard", "fsdp", "--stream_weights", code=2)
     assert "--stream_weights with --shard fsdp" in told[1][2]
     folder, _ = sft(2, "full", *CHUNKS)
