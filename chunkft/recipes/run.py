@@ -83,7 +83,8 @@ def check(job: Job) -> None:
             "warning: this CPU multiplies bf16 in software, tens of times slower than fp32; "
             "--dtype float32 takes the same memory where states rest in RAM"
         )
-    if "bf16" not in job.given and in_16_bits:  # autocast would only add casts
+    # autocast would only add casts, or products in software
+    if "bf16" not in job.given and (in_16_bits or slow_in_bf16()):
         args.bf16 = False
         # what accelerate reads was made of `bf16` when the settings were parsed
         args.mixed_precision = "no"
