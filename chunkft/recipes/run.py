@@ -81,10 +81,9 @@ def check(job: Job) -> None:
         # weights, low bits and moments are 12 bytes an element in bf16, and weights and moments too
         print(
             "warning: this CPU multiplies bf16 in software, tens of times slower than fp32; "
-            "--dtype float32 takes the same memory where states rest in RAM"
+            "--dtype float32 --bf16 false takes the same memory where states rest in RAM"
         )
-    # autocast would only add casts, or products in software
-    if "bf16" not in job.given and (in_16_bits or slow_in_bf16()):
+    if "bf16" not in job.given and in_16_bits:  # autocast would only add casts
         args.bf16 = False
         # what accelerate reads was made of `bf16` when the settings were parsed
         args.mixed_precision = "no"
