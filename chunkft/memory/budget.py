@@ -63,7 +63,7 @@ def devices_of(name: str) -> tuple[Device, int]:
     """The device of the table whose name contains `name`, and how many: `2xH800` are two.
 
     Raises:
-        InputError: there is none; several computers, of which each rank would be one.
+        InputError: there is none, or several are asked for whose link is not known.
     """
     many = re.fullmatch(r"(\d+)x(.+)", name.lower())
     count, rest = many.groups() if many else ("1", name.lower())

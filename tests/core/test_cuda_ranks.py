@@ -1,8 +1,8 @@
 """Ranks on CUDA, where FSDP works in streams of its own: `pytest -m gpu` runs them.
 
-Each has a card, over NCCL. Where there is one only they share it, over gloo, which cannot reduce
-and scatter there; so sharded weights are tested in one process too, the first of two, of which the
-other one seems to send what this one does.
+Each has a card, over NCCL. Where there is one only they share it, over gloo, where two with shards
+ended without a word; so those are tested in one process too, the first of two, of which the other
+one seems to send what this one does.
 """
 
 from typing import Any
