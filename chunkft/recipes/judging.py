@@ -41,16 +41,17 @@ def _evaluated(trainer: Trainer, data: Data) -> dict[str, float]:
     """What the trainer's own evaluation says."""
     rows: Any = trainer.eval_dataset
     prefix, what = "eval", "loss"
+    given = None  # TRL prepares rows that are handed to it, and its own are prepared already
     if rows is None:
         train: Any = trainer.train_dataset
-        rows = train.select(range(min(SAMPLE, len(train))))
+        given = rows = train.select(range(min(SAMPLE, len(train))))
         prefix, what = "sample", f"loss of {len(rows)} training rows"
     args = trainer.args
     drops = args.dataloader_drop_last
     if len(rows) < args.eval_batch_size * world_size():
         args.dataloader_drop_last = False  # it would drop all there are
     try:
-        measured = trainer.evaluate(eval_dataset=rows, metric_key_prefix=prefix)
+        measured = trainer.evaluate(eval_dataset=given, metric_key_prefix=prefix)
     finally:
         args.dataloader_drop_last = drops
     result = {what: measured[f"{prefix}_loss"]}
