@@ -13,6 +13,7 @@ Rows that come together with different step counts stay several slices of one ch
 count of its own.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
@@ -233,13 +234,17 @@ class _Part(NamedTuple):
     values: dict[str, Any]
 
 
-def _cut(parts: Iterable[_Part], wanted: Slice, view: _View, dry: bool = False) -> list[_Part]:
-    """What lies in the rows `wanted`; without elements (on "meta") if `dry`."""
+def _cut(parts: Sequence[_Part], wanted: Slice, view: _View, dry: bool = False) -> list[_Part]:
+    """What lies in the rows `wanted`; without elements (on "meta") if `dry`.
+
+    Args:
+        parts: in the order of rows, of which a tensor in blocks has hundreds.
+    """
     found: list[_Part] = []
-    for piece, record, saved in parts:
+    first = bisect_right(parts, wanted.start, key=lambda part: part.piece.stop)
+    last = bisect_left(parts, wanted.stop, key=lambda part: part.piece.start)
+    for piece, record, saved in parts[first:last]:
         start, stop = max(piece.start, wanted.start), min(piece.stop, wanted.stop)
-        if start >= stop:
-            continue
         part, values = Slice(piece.name, start, stop), dict(saved)
         halves = {key: values.pop(key) for key in precision.KEYS if key in values}
         if dry:
