@@ -34,9 +34,10 @@ from chunkft.train.trainer import ChunkTrainer
 
 JUDGED = 16  # prompts, where no task scores the model's answers
 # Mean KL at the first step: two passes of the same weights round alike but for batching, and for
-# where FSDP puts what it gathers. GRPO's is a token's; RLOO's an answer's, whose tokens round
-# either way, hence the root below.
-ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 1e-2}
+# where FSDP puts what it gathers. GRPO's is a token's, quadratic in its log-ratio; RLOO's is linear
+# and an answer's, whose tokens round either way: its bound grows with their root.
+ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-2}
+SUMMED = 3e-6  # a token's at least, in RLOO's
 
 
 class RolloutTrainer(ChunkTrainer):
@@ -56,7 +57,7 @@ class RolloutTrainer(ChunkTrainer):
         if kl and not getattr(config, "is_prompt_learning", False):
             bound = ROUNDING.get(computed_in(self), ROUNDING[torch.float32])
             if self.kl_is_summed:
-                bound *= inputs["completion_mask"].shape[1] ** 0.5
+                bound = max(bound, SUMMED) * inputs["completion_mask"].shape[1] ** 0.5
             if not abs(kl[0]) <= bound:
                 raise ReferenceMismatchError(
                     f"before the first step the KL from the reference is {kl[0]:.3g}, not 0 (bound "
